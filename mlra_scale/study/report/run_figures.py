@@ -43,7 +43,7 @@ _OVER_SHALLOW: dict[Keys, Callable[[Array], Any]] = {_BLOCK_NORMS: np.linalg.nor
 CURVES = (
     ("Loss", "training", "loss"),
     ("Loss", "validation", "validation_loss"),
-    ("Loss", "training, mean since the line before", "loss_mean"),
+    ("Loss", "training, mean of the interval", "loss_mean"),
     (TEV_MEAN, "mean over tokens", "tev_mean"),
     ("Learning rate", "learning rate", "learning_rate"),
     (_NORMS, "all parameters", "gradient_norm"),
