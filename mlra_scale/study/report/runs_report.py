@@ -144,7 +144,7 @@ def _seconds(run: RunRecord) -> float:
 
 
 def _last_common_evaluation(runs: Sequence[RunRecord]) -> int | None:
-    """The last trained step at which all runs have a validation loss; None: there is none, or it is the last of each."""
+    """The last trained step at which all runs have a validation loss; None: there is none, or it is each one's last."""
     steps = [set(run.series("validation_loss").dropna().index) - {0} for run in runs]
     common = set.intersection(*steps)
     return int(max(common)) if common and any(max(own) > max(common) for own in steps) else None
