@@ -26,12 +26,12 @@ class TensorBoardLog:
         self._writer = writer
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the numbers of one step; those of a mapping become a group, and all others the group `run`."""
+        """Writes the numbers of one step; those of a mapping become a group, and all others the group `curves`."""
         if self._writer is None:
             return
         try:
             for tag, value in _scalars(values):
-                self._writer.add_scalar(tag if "/" in tag else f"run/{tag}", value, step)
+                self._writer.add_scalar(tag if "/" in tag else f"curves/{tag}", value, step)
         except Exception as error:  # the disk may be full; that must not end a training run
             self._stop(error)
 

@@ -42,8 +42,8 @@ def test_numbers_are_written_in_groups_and_nothing_else(run: RunDirectory) -> No
     log.finish()
     log.log(6, {"loss": 1.0})  # closed: dropped
     assert scalars(run) == {
-        "run/loss": {5: 2.5},
-        "run/overflow": {5: 1.0},
+        "curves/loss": {5: 2.5},
+        "curves/overflow": {5: 1.0},
         "gradients/kinds/all/gradient_norm": {5: 3.0},
     }
 
@@ -55,7 +55,7 @@ def test_steps_that_are_done_again_are_there_once(run: RunDirectory) -> None:
         for step, loss in losses.items():
             log.log(step, {"loss": loss})
         log.finish()
-    assert scalars(run)["run/loss"] == {1: 9.0, 2: 8.0, 3: 6.5, 4: 6.0}
+    assert scalars(run)["curves/loss"] == {1: 9.0, 2: 8.0, 3: 6.5, 4: 6.0}
 
 
 def test_a_report_writes_its_record_and_what_a_rollback_undoes_is_dropped(run: RunDirectory, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_report_writes_its_record_and_what_a_rollback_undoes_is_dropped(run: R
         report.on_rollback(action, 1, Progress(1, 8, 512), {"until": None, "factor": 1.0})
         report.record(Progress(2, 40, 2048), {**VALUES, "loss": 0.5})
     found = scalars(run)
-    assert found["run/loss"] == {1: 3.0, 2: 0.5}
+    assert found["curves/loss"] == {1: 3.0, 2: 0.5}
     assert (found["guard/rollback"], found["guard/to_step"]) == ({3: 1.0}, {3: 1.0})
 
 
