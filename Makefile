@@ -1,5 +1,5 @@
 # make quickstart   install, prepare a corpus from Python's own documentation, train a small MLRA model on 2 processes,
-#                   export it to Hugging Face's format (verified) and write a sample with stock transformers
+#                   export it to Hugging Face's format (verified), write a sample with stock transformers, and a report
 # make test         install with the dev extra, run the daily tests (docs/testing.md has the tiers)
 # make test-all     these and the slow ones: all layouts and variants; before a merge
 # make test-nightly full matrices, schedules of faults, a Slurm cluster at 72 layers (hours)
@@ -68,7 +68,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 quickstart:
-	@$(INSTALL)
+	@$(INSTALL) --extra report
 	installed=$$SECONDS
 	test -e data/python-docs || $(BIN)/mlra-scale prepare --source python-docs --train-bpe 4096 --output data/python-docs
 	run=runs/quickstart
@@ -81,9 +81,13 @@ quickstart:
 	echo "a sample, by stock transformers alone:"
 	$(BIN)/python -c "$$SAMPLE" $$run/exported
 	echo
-	echo "quickstart: installation $$installed s; data, training, export and sample $$((SECONDS - installed)) s. Next:"
+	echo "the report (a page and its pictures; overview.png has loss and TEV):"
+	$(BIN)/mlra-scale report $$run
+	echo
+	echo "quickstart: installation $$installed s; data, training, export, sample, report $$((SECONDS - installed)) s. Next:"
 	echo "  source $(BIN)/activate"
 	echo "  less $$run/metrics.jsonl                 # the record: loss, gradient norm, TEV; one JSON object per line"
+	echo "  mlra-scale report $$run RUN2 RUN3        # several runs over each other"
 	echo "  mlra-scale generate $$run --prompt 'Return a list of'"
 	echo "  mlra-scale evaluate $$run --data data/python-docs --max-tokens 20000"
 	echo "  mlra-scale export $$run exported/quickstart-mlra --format mlra    # with its factors, and code of its own"

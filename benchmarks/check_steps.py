@@ -60,7 +60,8 @@ def data_of(task: Task) -> Path:
 
 def command_of(task: Task, run: Path, *arguments: str) -> list[str]:
     """Returns a training command of the debug preset."""
-    words = ["--preset", "debug", "--run-dir", str(run), f"data.path={data_of(task)}", f"train.device={task.device}"]
+    words = ["--preset", "debug", "--run-dir", str(run), f"data.path={data_of(task)}"]
+    words += [f"train.device={task.device}", "wandb.mode=disabled"]
     return [sys.executable, "-m", "mlra_scale.train", *words, *arguments]
 
 

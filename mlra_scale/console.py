@@ -1,4 +1,4 @@
-"""Console output: tables, log messages, and streams whose failure never ends the work."""
+"""Console output: tables, curves, log messages, and streams whose failure never ends the work."""
 
 from __future__ import annotations
 
@@ -43,6 +43,44 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, 
     with console.capture() as capture:
         console.print(grid)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def curve(title: str, steps: Sequence[float], values: Sequence[float], width: int = 72, height: int = 10) -> str:
+    """Returns a curve as plain text: columns are intervals of steps, with the mean of their values.
+
+    Columns without a value are interpolated. A character is two rows high: `'` is in the upper one, `.` in the lower.
+
+    Args:
+        title: Stands above it.
+        steps: In ascending order; at least one.
+        values: Finite numbers, one for each step.
+        width: Characters of the longest line.
+        height: Lines of the curve itself.
+    """
+    margin = 8
+    columns, span = width - margin - 2, (steps[-1] - steps[0]) or 1.0
+    intervals: dict[int, list[float]] = {}
+    for step, value in zip(steps, values, strict=True):
+        intervals.setdefault(round((step - steps[0]) / span * (columns - 1)), []).append(value)
+    means = {column: sum(found) / len(found) for column, found in intervals.items()}
+    low, high = min(means.values()), max(means.values())
+    canvas = [[" "] * columns for _ in range(height)]
+    known = list(means)
+    for left, right in zip(known, [*known[1:], known[-1]], strict=True):  # the last one ends at itself
+        for column in range(left, right + 1):
+            mean = means[left] + (means[right] - means[left]) * (column - left) / max(1, right - left)
+            row = round((high - mean) / ((high - low) or 1.0) * (2 * height - 1))
+            canvas[row // 2][column] = ".'"[row % 2 == 0]
+    labels = [f"{high:.5g}", *[""] * (height - 2), f"{low:.5g}"]
+    first, last = f"{steps[0]:.0f}", f"{steps[-1]:.0f}"
+    return "\n".join(
+        [
+            title,
+            *(f"{label:>{margin}} |{''.join(line)}".rstrip() for label, line in zip(labels, canvas, strict=True)),
+            f"{'':{margin}} +{'-' * columns}",
+            f"{'':{margin}}  {first}{last:>{columns - len(first)}}",
+        ]
+    )
 
 
 def set_up_logging(rank: int | None = None) -> None:

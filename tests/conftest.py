@@ -7,6 +7,8 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Runs of tests start no service of wandb, but for those that set wandb.mode.
+os.environ["WANDB_MODE"] = "disabled"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

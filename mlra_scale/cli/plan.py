@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   PROG --preset gpt2-mlra-72l --cluster h100 --nodes 4
-  PROG --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json
+  PROG --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json --plot plan.png
   PROG --preset gpt2-mlra-72l --cluster h100 parallel.tensor=2 train.micro_batch_size=4
   PROG --preset laptop --cluster cpu
   PROG --preset gpt2-mlra-72l --cluster-file runs/check-1234/cluster.json --nodes 8
 
 Fields that are named, by an override or in the --config file, stay as they are; the rest of the layout is searched.
 What the estimates are made of, and their limits: docs/planning.md.
-exit codes: 0; 2 bad input, or nothing fits
+exit codes: 0; 2 bad input, nothing fits, or --plot without the extra `report`
 """
 
 
@@ -47,6 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link-gbps-inter", type=positive, metavar="Y", help="Gbit/s that a device sends to other nodes")
     add("--top", type=count, default=10, metavar="K", help="how many layouts to list (default: 10)")
     add("--json", type=Path, metavar="FILE", help="write every layout that fits, with all numbers")
+    add("--plot", type=Path, metavar="FILE.png", help="draw memory and step time of the listed layouts")
     add_overrides(parser, "single fields, such as parallel.tensor=2")
 
 
@@ -60,9 +62,11 @@ def _share(text: str) -> float:
 def _run(options: argparse.Namespace) -> int:
     from mlra_scale.config import load_named_config
     from mlra_scale.planning.choice import chosen_of, engines_for
-    from mlra_scale.planning.plan_text import commands, found_text, nothing_fits
+    from mlra_scale.planning.plan_text import commands, found_text, listed, nothing_fits
     from mlra_scale.planning.search import search
 
+    if options.plot is not None:
+        _check_plot(options.plot)
     cluster = _cluster(options)
     config, named = load_named_config(options.preset, options.config, options.ds_config, options.overrides)
     if not cluster.runs_ahead:
@@ -78,8 +82,33 @@ def _run(options: argparse.Namespace) -> int:
     print("\nthe planner's choice (*), which parallel.layout=auto runs:")
     print("\n".join(f"  {line}" for line in lines))
     if options.json is not None:
-        _write(options.json, found, cluster, chosen, lines)
+        _write(options.json, _as_json(found, cluster, chosen, lines))
+    if options.plot is not None:
+        _write(options.plot, _picture(listed(found, chosen, options.top), cluster))
+        print(f"\npicture of the listed layouts: {options.plot}")
     return 0
+
+
+def _check_plot(path: Path) -> None:
+    """Refuses a picture that cannot be drawn, before the search.
+
+    Raises:
+        InputError: The name is not that of a PNG file, or a library is missing.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--plot {path}: the picture is a PNG file; give it a name that ends in .png")
+    try:
+        import mlra_scale.study.report.plan_figure  # noqa: F401
+    except ImportError as error:
+        reason = f"--plot needs more libraries ({error}); install them with: pip install 'mlra-scale[report]'"
+        raise InputError(reason) from None
+
+
+def _picture(layouts: Sequence[tuple[str, Candidate]], cluster: Cluster) -> bytes:
+    from mlra_scale.planning.plan_text import plain
+    from mlra_scale.study.report.plan_figure import plan_figure
+
+    return plan_figure([(number, plain(candidate)) for number, candidate in layouts], cluster.usable_memory)
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
@@ -101,8 +130,8 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return replace(cluster, **{name: value for name, value in given.items() if value is not None})
 
 
-def _write(path: Path, found: SearchResult, cluster: Cluster, chosen: Candidate, lines: list[str]) -> None:
-    """Writes all that was found as JSON."""
+def _as_json(found: SearchResult, cluster: Cluster, chosen: Candidate, lines: list[str]) -> bytes:
+    """Returns all that was found as JSON."""
     from mlra_scale.planning.plan_text import plain
 
     values = {
@@ -112,8 +141,12 @@ def _write(path: Path, found: SearchResult, cluster: Cluster, chosen: Candidate,
         "left_out": dict(found.left_out),
         "commands": lines,
     }
+    return (json.dumps(values, indent=2) + "\n").encode("ascii")
+
+
+def _write(path: Path, content: bytes) -> None:
     try:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror})") from None
 

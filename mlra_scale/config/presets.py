@@ -27,7 +27,6 @@ def _small(
         "tev": {"every": log_every},
         "evaluation": {"every": every, "batches": 2},
         "checkpoint": {"every": every},
-        "wandb": {"mode": "disabled"},
     }
 
 

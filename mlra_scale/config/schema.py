@@ -189,13 +189,21 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with a key, otherwise offline; disabled: not at all."""
+    """auto: online with a key, otherwise offline, and as WANDB_MODE says where it asks for less; disabled: not at
+    all. One rule for all presets."""
     project: Text = "mlra-scale"
     """Project name."""
     name: Text | None = None
     """Run name; null: the run directory's name."""
     tags: tuple[Tag, ...] = Field((), strict=False)
     """Tags of the run, of 64 characters at most."""
+
+
+class TensorBoardConfig(Section):
+    """TensorBoard."""
+
+    enabled: bool = False
+    """Write the numbers of the record as event files into RUN/tensorboard; needs the extra tensorboard."""
 
 
 class ProfileConfig(Section):
@@ -278,6 +286,8 @@ class Config(Section):
     """Export to Hugging Face."""
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     """Weights & Biases."""
+    tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)
+    """TensorBoard."""
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     """Profiler."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)

@@ -21,14 +21,13 @@ COMPONENTS = ("weights", "gradients", "master", "moments", "activations", "logit
 
 def found_text(found: SearchResult, cluster: Cluster, chosen: Candidate, top: int) -> str:
     """Returns the tables of the `top` fastest layouts and what was left out; the choice is marked and always shown."""
-    numbered = [(f"{number}{'*' * (each is chosen)}", each) for number, each in enumerate(found.feasible, start=1)]
-    shown = [*numbered[:top], *(each for each in numbered[top:] if each[1] is chosen)]
+    shown = listed(found, chosen, top)
     return "\n".join(
         [
             *cluster_lines(cluster),
             "",
-            f"{len(found.feasible)} layouts fit; the {min(top, len(numbered))} fastest by the estimate (not measured), "
-            "and the planner's choice (*):",
+            f"{len(found.feasible)} layouts fit; the {min(top, len(found.feasible))} fastest by the estimate (not "
+            "measured), and the planner's choice (*):",
             time_table(shown),
             *wrap(TIME_LEGEND, 116, subsequent_indent=" "),
             *wrap(optimizer_line(chosen.config, chosen.time), 116, subsequent_indent=" "),
@@ -39,6 +38,12 @@ def found_text(found: SearchResult, cluster: Cluster, chosen: Candidate, top: in
             *left_out_lines(found),
         ]
     )
+
+
+def listed(found: SearchResult, chosen: Candidate, top: int) -> list[tuple[str, Candidate]]:
+    """Returns the `top` fastest layouts and the choice, each with its number, which has a * where it is the choice."""
+    numbered = [(f"{number}{'*' * (each is chosen)}", each) for number, each in enumerate(found.feasible, start=1)]
+    return [*numbered[:top], *(each for each in numbered[top:] if each[1] is chosen)]
 
 
 def optimizer_line(config: Config, time: StepTime) -> str:

@@ -36,6 +36,7 @@ FREE = (
     "cluster.",
     "deepspeed",
     "wandb.",
+    "tensorboard.",
     "profile.",
 )
 NAMED = (

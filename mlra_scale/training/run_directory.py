@@ -11,6 +11,7 @@ events.jsonl     start, resume, checkpoints, stops, end
 job.json         of a cluster job: its state, its attempts and how they ended
 logs/            of a cluster job: console.log, and per attempt a log and stacks of every rank
 wandb/           wandb's files and the run's stable id
+tensorboard/     event files of TensorBoard
 profile/         traces of torch.profiler
 report/          what tools/report.py writes
 exported/        the last checkpoint in Hugging Face's format (export.format)
@@ -59,6 +60,7 @@ class RunDirectory:
         self.job = self.path / "job.json"
         self.logs = self.path / "logs"
         self.wandb = self.path / "wandb"
+        self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
         self.exported = self.path / "exported"

@@ -23,25 +23,23 @@ def readme_commands() -> list[str]:
 def tiny(command: str, steps: int) -> list[str]:
     """The command's arguments, with more of them that only make it smaller."""
     words = shlex.split(command)
-    if words[0] == "torchrun":
-        words[:1] = ["python", "-m", "torch.distributed.run"]
     if words[0] == "sbatch":
         # tests/slurm submits the files; here their arguments are read, and the plan of that job is made.
         script = next(index for index, word in enumerate(words) if word.startswith("slurm/"))
         words = ["bash", words[script], "--dry-run", *words[script + 1 :]]
     if words[0] == "bash":
         return [word for word in words if not word.startswith("data.path=")]
-    assert words[0] == "python", f"a command that this test cannot run: {command}"
-    words[0] = sys.executable
-    if "tools/prepare_data.py" in words:
+    assert words[0] == "mlra-scale", f"a command that this test cannot run: {command}"
+    words[:1] = [sys.executable, "-m", "mlra_scale.cli.main"]
+    if "prepare" in words:
         return [*words, "--max-bytes", "300e3", "--workers", "1", "--quiet"]
-    if "--dry-run" in words or "mlra_scale.train" not in words:
+    if "--dry-run" in words or "train" not in words:
         return words
     return [*words, *TINY_MODEL, *TINY_BATCH, f"train.steps={steps}"]
 
 
 def test_the_readme_commands_run(tmp_path: Path) -> None:
-    for folder in ("tools", "ds_configs", "slurm"):
+    for folder in ("ds_configs", "slurm"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     commands = readme_commands()
@@ -58,6 +56,9 @@ def test_the_readme_commands_run(tmp_path: Path) -> None:
         elif "--resume" in command:
             assert f"step {steps - 2}" in result.stdout and f"step {steps}/{steps}" in result.stdout, result.stdout
             assert f"step 1/{steps}" not in result.stdout, result.stdout
+    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert "<h1>Runs first, two</h1>" in page and "Prompt: Return a list of" in page and "no sample" not in page
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_readme_names_files_that_exist() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def check_images(folder: Path) -> list[str]:
 
 
 def test_the_report_of_a_run(run_folder: Path) -> None:
-    assert check_images(run_folder) == ["blocks.png", "run.png"]
+    assert check_images(run_folder) == ["blocks.png", "overview.png", "run.png"]
     page = page_of(run_folder)
     text = plain(page)
     assert "finished; 300 of 300 steps recorded." in text
@@ -258,6 +259,93 @@ def test_the_commit_of_a_cell_is_that_of_its_sweep(tmp_path: Path) -> None:
     assert row(page_of(reported(folder)), "commit") == "commit | 0123abc (of the sweep)"
 
 
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three runs: the second one with half the rate and half of its steps, the third one without a record."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [write_run(folder / "first"), write_run(folder / "second", steps=150), write_run(folder / "third" / "x", 4)]
+    config = (runs[1] / "config.yaml").read_text()
+    (runs[1] / "config.yaml").write_text(config.replace("lr: 0.003", "lr: 0.0015"))
+    records = [json.loads(line) | {"mfu": 0.345} for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    write_lines(runs[1] / "metrics.jsonl", records)
+    (runs[2] / "metrics.jsonl").write_text("")
+    return runs
+
+
+def test_several_runs_side_by_side(three_runs: list[Path]) -> None:
+    folder = three_runs[0].parent
+    ran = run_tool("report", *three_runs)
+    assert ran.code == 0 and ran.stdout.splitlines() == [
+        str(folder / "report" / name) for name in ("report.html", "runs.png")
+    ], ran.stderr
+    assert check_images(folder) == ["runs.png"]
+    page = page_of(folder)
+    assert "<h1>Runs first, second, x</h1>" in page
+    assert row(page, "steps") == "steps | 300 of 300 | 150 of 150 | 0 of 4 | "
+    assert row(page, "optim.lr") == "optim.lr | 0.003 | 0.0015 | 0.003"
+    assert row(page, "train.steps") == "train.steps | 300 | 150 | 4"
+    assert row(page, "tokens per second, median") == "tokens per second, median | 4,096 | 4,096 | - | "
+    assert row(page, "MFU, median") == "MFU, median | - | 34.5 | - | %"
+    # 1024 tokens a step at 4096 tokens/s.
+    assert row(page, "time of all steps") == "time of all steps | 75.0 | 37.5 | - | s"
+    last = json.loads((three_runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row(page, "training loss, last").startswith(f"training loss, last | {last['loss']:.4f} | ")
+    assert "data.path" not in page, "what is the same in all runs is not listed"
+
+
+def test_the_axis_is_tokens_where_batches_differ(three_runs: list[Path], tmp_path: Path) -> None:
+    first, second = three_runs[:2]
+    other = tmp_path / "other"
+    shutil.copytree(second, other)
+    (other / "config.yaml").write_text(
+        (other / "config.yaml").read_text().replace("global_batch_size: 8", "global_batch_size: 16")
+    )
+    for runs, axis in (([first, second], "optimizer steps"), ([first, other], "tokens")):
+        assert run_tool("report", *runs, "--output", tmp_path / axis).code == 0
+        assert f"<h2>Over {axis}</h2>" in (tmp_path / axis / "report.html").read_text()
+
+
+def test_a_validation_loss_is_compared_where_all_have_one(three_runs: list[Path], tmp_path: Path) -> None:
+    ran = run_tool("report", *three_runs[:2], "--output", tmp_path / "report")
+    assert ran.code == 0, ran.stderr
+    (found,) = [line for line in plain(page_of(tmp_path)).split(" nats per token") if "at step 150, the last" in line]
+    steps = {record["step"]: record for record in map(json.loads, (three_runs[0] / "metrics.jsonl").open())}
+    assert f"{steps[150]['validation_loss']:.4f}" in found
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_run(tmp_path / folder / "run", steps=4, every=1)
+    ran = run_tool("report", tmp_path / "a" / "run", tmp_path / "b" / "run", "--output", tmp_path / "report")
+    assert ran.code == 0 and "<h1>Runs a/run, b/run</h1>" in page_of(tmp_path), ran.stderr
+
+
+def test_the_terminal_shows_the_curves_of_a_run(run_folder: Path) -> None:
+    shown = run_tool("report", run_folder).stdout.splitlines()
+    first, last = shown.index("training loss"), shown.index("TEV mean")
+    assert last == first + 14 and max(map(len, shown[first:])) <= 72
+    assert shown[first + 1].strip()[0].isdigit() and shown[first + 12].split() == ["0", "300"]
+
+
+def test_runs_and_sweeps_are_not_mixed(three_runs: list[Path], sweep_folder: Path) -> None:
+    first = three_runs[0]
+    for arguments, message in (
+        ([first, sweep_folder], "which has a report of its own"),
+        ([first, first.parent / "third" / ".." / "first"], "the same run is named twice"),
+        ([sweep_folder, "--prompt", "x"], "--prompt is for runs"),
+        ([first, first.parent], "neither a run directory nor a sweep's output folder"),
+    ):
+        ran = run_tool("report", *arguments)
+        assert ran.code == 2 and message in ran.stderr
+
+
+def test_a_run_without_a_checkpoint_has_the_reason_instead_of_a_sample(three_runs: list[Path], tmp_path: Path) -> None:
+    ran = run_tool("report", *three_runs[:2], "--prompt", "def <b>", "--output", tmp_path / "report")
+    assert ran.code == 0, ran.stderr
+    page = page_of(tmp_path)
+    assert "Prompt: def &lt;b&gt;" in page and "(no sample: " in row(page, "first")
+
+
 ODD_SWEEPS: dict[str, dict[str, Any]] = {
     "no finished cell": {"results.jsonl": "", "sweep.yaml": '{"variants": {"a": {}, "b": {}}, "seeds": [1, 2]}'},
     "a plan alone": {"sweep.yaml": "variants: {a: {}}\n"},
@@ -352,7 +440,7 @@ def test_a_browser_shows_the_report_of_a_run(browser: Browser, run_folder: Path,
     check_loaded(loaded)
     assert loaded.title == "Run run"
     assert "finished; 300 of 300 steps recorded." in loaded.text
-    assert [(image["width"], round(image["shown"])) for image in loaded.images] == [(1170, min(width - 32, 960))] * 2
+    assert [(image["width"], round(image["shown"])) for image in loaded.images] == [(1170, min(width - 32, 960))] * 3
 
 
 @pytest.mark.parametrize("width", [1280, 420])

@@ -169,7 +169,8 @@ def submit(
     run, output = run or folder / "the run", folder / "slurm.out"
     folder.mkdir(parents=True, exist_ok=True)
     # The environment that the tests run in has no home of wandb, no GPU, and the interpreter of these tests.
-    given = {**environment(), "PROCESSES_PER_NODE": str(processes), "VENV": sys.prefix, **variables}
+    shell = {name: value for name, value in environment().items() if name != "WANDB_MODE"}  # slurm/ sets it
+    given = {**shell, "PROCESSES_PER_NODE": str(processes), "VENV": sys.prefix, **variables}
     command = [*inside, "sbatch", "--parsable", *SMALL, f"--output={output}", *sbatch, f"slurm/{script}", *TINY]
     command += [*([] if data is None else [f"data.path={data}"]), *overrides, "--run-dir", str(run)]
     submitted = cluster.run(*command, env=given, cwd=ROOT)

@@ -76,7 +76,7 @@ def main_on_rank(rank: int, world_size: int, arguments: tuple[str, ...]) -> Fini
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a training process: no launcher's variables, no GPU, no key, no home."""
+    """The environment of a training process: no launcher's variables, no GPU, no wandb unless wandb.mode is set."""
     dropped = ("WANDB", "NETRC", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC", "DS_ACCELERATOR")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     fixed = {
@@ -85,6 +85,7 @@ def environment(**extra: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "120",
+        "WANDB_MODE": "disabled",
     }
     return {**clean, **fixed, **extra}
 

@@ -48,6 +48,25 @@ def test_a_table_keeps_to_its_width_and_loses_no_text() -> None:
     assert console.table(["a", "b"], [["x" * 300, "y"]], width=None).split("\n")[1] == f"{'x' * 300}  y"
 
 
+def test_a_curve_falls_from_its_first_value_to_its_last() -> None:
+    assert console.curve("loss", [1, 2, 3, 4], [4.0, 3.0, 2.0, 1.0], width=23, height=2).split("\n") == [
+        "loss",
+        "       4 |'''...",
+        "       1 |      '''''..",
+        "         +-------------",
+        "          1           4",
+    ]
+
+
+def test_a_long_curve_has_the_means_of_intervals_and_one_value_is_a_curve_too() -> None:
+    lines = console.curve("loss", range(2000), [5.0 + step // 1000 + step % 2 for step in range(2000)], 50, 3).split(
+        "\n"
+    )
+    assert [line[10:] for line in lines[1:4]] == [" " * 20 + "'" * 20, "", "." * 20]
+    assert (lines[1].split()[0], lines[3].split()[0], max(map(len, lines))) == ("6.5098", "5.4902", 50)
+    assert console.curve("loss", [7], [2.0]).split("\n")[1].split() == ["2", "|'"], "no division by zero"
+
+
 def test_messages_have_level_and_rank(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("mlra_scale")
     for name in ("handlers", "propagate", "level"):

@@ -22,6 +22,7 @@ from mlra_scale.console import run_tool
 from mlra_scale.files import write_atomically
 
 FIELDS = [
+    "wandb.mode=disabled",
     "data.path=data/python-docs",
     "model.num_layers=48",
     "model.hidden_size=64",

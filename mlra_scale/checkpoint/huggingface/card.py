@@ -52,6 +52,7 @@ _CHANGES_NOT_SHOWN = (
     "train.device",
     "cluster.",
     "wandb.",
+    "tensorboard.",
     "profile.",
     "tev.",
     "gradients.",

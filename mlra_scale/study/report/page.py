@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mlra_scale.study.report.sweep_record import value_text
 HTML = "report.html"
 Images = dict[str, bytes | None]
 """PNG files by name; None for a figure with nothing to draw."""
+Samples = Mapping[str, Mapping[str, str]]
+"""Text that the models wrote: by prompt, then by the name of the run."""
 
 _FILTERS: dict[str, Any] = {
     "base64": lambda png: base64.b64encode(png).decode("ascii"),

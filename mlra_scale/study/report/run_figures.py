@@ -1,4 +1,4 @@
-"""The figures of a run: all measures over steps, and the measures per block at three steps."""
+"""The figures of a run: loss and TEV, all measures over steps, and the measures per block at three steps."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ _OVER_SHALLOW: dict[Keys, Callable[[Array], Any]] = {_BLOCK_NORMS: np.linalg.nor
 CURVES: tuple[tuple[str, str, Keys], ...] = (
     ("Loss", "training", "loss"),
     ("Loss", "validation", "validation_loss"),
+    ("Loss", "training, mean of the interval", "loss_mean"),
     (TEV_MEAN, "mean over tokens", "tev_mean"),
     ("Learning rate", "learning rate", "learning_rate"),
     (_NORMS, "all parameters", "gradient_norm"),
@@ -65,6 +66,24 @@ CURVES: tuple[tuple[str, str, Keys], ...] = (
     ("Spike scores", "gradient, OLMo-core", "spike_scores.gradient_olmo_core"),
 )
 """The panel of each curve, its name, and where its values are in a record."""
+
+
+@style.drawing()
+def overview_figure(run: RunRecord) -> bytes | None:
+    """Draws loss and TEV side by side, for a first look; None without any."""
+    found = {panel for panel, _, keys in CURVES if _is_there(run.metrics, keys)}
+    titles = [title for title in ("Loss", TEV_MEAN) if title in found]
+    if not titles:
+        return None
+    figure = style.new_figure(2.9)
+    grid = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, title in zip(grid, titles, strict=True):
+        _draw_panel(axes, run, title)
+        axes.set_title(title)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.legend(loc="best", handlelength=3.2)
+    return style.as_png(figure)
 
 
 @style.drawing()

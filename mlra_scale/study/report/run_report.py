@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from mlra_scale.config import Config, ConfigError, yaml_text
+from mlra_scale.console import curve
 from mlra_scale.model.optim_text import optimizer_text, rule_text
 from mlra_scale.study.report import run_figures
 from mlra_scale.study.report.costs import costs_of, costs_table
-from mlra_scale.study.report.page import write_report
+from mlra_scale.study.report.page import Samples, write_report
 from mlra_scale.study.report.records import Keys, RunRecord, number_or_nan, open_run, task_figures, time_text
 from mlra_scale.study.report.sweep_record import STUDY
 from mlra_scale.study.report.wording import number
@@ -39,9 +40,10 @@ _MEASURES: dict[str, tuple[Keys, str]] = {
 }
 
 
-def report_run(path: Path, output: Path) -> list[Path]:
+def report_run(path: Path, output: Path, samples: Samples | None = None) -> list[Path]:
     """Writes the report of a run, which may be in progress, to a folder; returns the paths of page and images."""
     run = open_run(path)
+    overview = run_figures.overview_figure(run)
     over_time, not_drawn = run_figures.time_figure(run)
     over_blocks = run_figures.profile_figure(run)
     rows, not_measured, remarks = _measures(run)
@@ -49,9 +51,11 @@ def report_run(path: Path, output: Path) -> list[Path]:
     return write_report(
         output,
         "run.html",
-        {"run.png": over_time, "blocks.png": over_blocks},
+        {"overview.png": overview, "run.png": over_time, "blocks.png": over_blocks},
         title=f"Run {path.resolve().name}",
         lead=f"{run.state}; {run.last_step} of {run.setting('train.steps', '?')} steps recorded.",
+        overview=overview,
+        overview_text=_overview_text(run),
         facts=_facts(run),
         rows=rows,
         not_measured=not_measured,
@@ -60,6 +64,7 @@ def report_run(path: Path, output: Path) -> list[Path]:
         alternative=f"Curves of {len(run.metrics)} records over {run.last_step} steps; see the table above.",
         not_drawn=not_drawn,
         over_blocks=over_blocks,
+        samples=samples or {},
         costs=costs_table([found] if found else []),
         event_counts=Counter(str(event.get("event")) for event in run.events),
         events=[event for event in run.events if event.get("event") not in ("start", "checkpoint")],
@@ -67,6 +72,22 @@ def report_run(path: Path, output: Path) -> list[Path]:
         notes=run.notes,
         config=yaml_text.dump(run.config) if run.config else "",
     )
+
+
+def curves_text(path: Path) -> str:
+    """Returns loss and TEV of a run as curves of plain text; "" where nothing was recorded."""
+    run = open_run(path)
+    found = ((title, run.series(key).dropna()) for title, key in (("training loss", "loss"), ("TEV mean", "tev_mean")))
+    return "\n\n".join(curve(title, [*values.index], [*values]) for title, values in found if values.size)
+
+
+def _overview_text(run: RunRecord) -> str:
+    """The alternative text of the first figure: its numbers."""
+    parts = []
+    for name, key in (("training loss", "loss"), ("validation loss", "validation_loss"), ("mean TEV", "tev_mean")):
+        if (values := run.series(key).dropna()).size:
+            parts.append(f"{name} from {number(values.iloc[0], 4)} to {number(values.iloc[-1], 4)}")
+    return f"Loss and TEV over {run.last_step} steps: {', '.join(parts)}."
 
 
 def _facts(run: RunRecord) -> list[tuple[str, Any]]:

@@ -17,17 +17,24 @@ CURVES = ("loss", "validation_loss", "tev_mean", "tev_std")
 
 
 def train_line(record: Mapping[str, Any], total_steps: int, elapsed: float, remaining: float | None) -> str:
-    """Returns the console line of a logged step, with the seconds since this process started and to the last step."""
+    """Returns the console line of a logged step: the mean loss of the steps since the last line, and their end.
+
+    Args:
+        record: The record of the step.
+        total_steps: Of the run.
+        elapsed: Seconds since this process started.
+        remaining: Seconds to the last step; None: unknown.
+    """
     parts = [
         _step(record["step"], total_steps),
-        f"loss {record['loss']:.4f}",
+        f"loss {record.get('loss_mean', record['loss']):.4f}",
         f"grad {record['gradient_norm']:.3g}",
         f"lr {record['learning_rate']:.2e}",
         f"{record['tokens_per_second']:,.0f} tok/s",
     ]
     if "mfu" in record:
         parts.append(f"MFU {100 * record['mfu']:.1f} %")
-    parts.append(f"mem {record['memory_gib']:.2f} GiB")
+    parts.append(f"{record['memory_gib']:.2f} GiB")
     if record.get("loss_scale") is not None:
         parts.append(f"scale {record['loss_scale']:g}")
     if "tev_mean" in record:

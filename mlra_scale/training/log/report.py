@@ -1,4 +1,4 @@
-"""The report of a run on rank 0: its record, its events, the console and wandb. On other ranks it does nothing."""
+"""The report of a run on rank 0: record, events, console, wandb and TensorBoard. On other ranks it does nothing."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mlra_scale.training.log.console import (
     train_line,
     validation_line,
 )
+from mlra_scale.training.log.tensorboard_log import TensorBoardLog, open_tensorboard
 from mlra_scale.training.log.wandb_log import WandbLog, open_wandb
 from mlra_scale.training.record import (
     EventLog,
@@ -75,7 +76,8 @@ class Report:
     def __init__(self, run: ResolvedRun, is_main: bool) -> None:
         self._run, self._is_main = run, is_main
         self._directory, self._total_steps = run.directory, run.config.train.steps
-        self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
+        self._metrics, self._events = JsonLines(None), EventLog(None)
+        self._wandb, self._tensorboard = WandbLog(), TensorBoardLog()
         self._folder: int | None = None
         self._checkpoints: tuple[int, int] | None = None
         self._bar: Any = None
@@ -100,6 +102,7 @@ class Report:
         if num_cut > 0:
             self.say(f"removed from {directory.metrics.name}: {num_cut} line(s) of steps that are done again")
         self._wandb = open_wandb(run.config, directory, num_rollbacks)
+        self._tensorboard = open_tensorboard(run.config, directory, self._step + 1 if resume.kind == "training" else 0)
         self.say(f"run directory {directory.path}, wandb {self._wandb.mode}")
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._total_steps, initial=self._step, unit="step", dynamic_ncols=True)
@@ -213,10 +216,10 @@ class Report:
         self._show(record, values)
 
     def _show(self, record: dict[str, Any], values: Mapping[str, Any]) -> None:
-        """Prints a line of the record and sends it to wandb; `values` are new in it."""
+        """Prints a line of the record and sends it to wandb and TensorBoard; `values` are new in it."""
         step, total = record["step"], self._total_steps
         self._records.append(record)
-        self._wandb.log(step, _without_lists(record))
+        self._send(step, _without_lists(record))
         self._last_tev |= {key: value for key, value in values.items() if key in ("tev_mean", "tev_std")}
         if "loss" in values:
             elapsed, done = time.perf_counter() - self._started, step - self._run.resume.progress.step
@@ -228,6 +231,10 @@ class Report:
             self.say(validation_line(record, total))
         if "tasks" in values or "harness" in values:
             self.say("\n".join(task_lines(record, total)))
+
+    def _send(self, step: int, values: Mapping[str, Any]) -> None:
+        self._wandb.log(step, values)
+        self._tensorboard.log(step, values)
 
     def on_saved(self, save: FinishedSave) -> None:
         """Records a checkpoint that is complete."""
@@ -252,7 +259,7 @@ class Report:
             if action.kind == "rollback":
                 continue
             more = rate if action.kind == "lower_rate" else {}
-            self._wandb.log(action.step, {f"guard/{action.kind}": more.get("factor", 1)})
+            self._send(action.step, {f"guard/{action.kind}": more.get("factor", 1)})
             outcomes = {"skip": "update skipped", "lower_rate": f"learning rate times {rate['factor']:g}"}
             text = f"guard, step {action.step}: {outcomes.get(action.kind, 'gives up')}: {action.reason}"
             self.note(f"guard_{action.kind}", text, step=action.step, reason=action.reason, **more)
@@ -277,10 +284,14 @@ class Report:
         cut_record(self._directory.metrics, progress.step, self._directory.rolled_back, number)
         self._metrics, self._records = JsonLines(self._directory.metrics), read_record(self._directory.metrics)
         self._step = progress.step
-        self._wandb.log(action.step, {"guard/rollback": number, "guard/to_step": progress.step})
+        values = {"guard/rollback": number, "guard/to_step": progress.step}
+        self._wandb.log(action.step, values)
         # wandb's steps cannot go back: the run continues under a new id.
         self._wandb.finish(ExitCode.DONE)
         self._wandb = open_wandb(self._run.config, self._directory, number)
+        self._tensorboard.finish()
+        self._tensorboard = open_tensorboard(self._run.config, self._directory, progress.step + 1)
+        self._tensorboard.log(action.step, values)  # the files before this one lose what they have from that step on
 
     def finish(self, progress: Progress, tokens_per_second: float, peak_memory_gib: float) -> None:
         """Records and prints the summary of a run that reached its last step."""
@@ -299,6 +310,8 @@ class Report:
         ]
         if self._run.config.wandb.mode != "disabled" and any(directory.wandb.glob("offline-run-*")):
             lines.append(f"      upload to Weights & Biases: wandb sync {directory.wandb}/offline-run-*")
+        if self._run.config.tensorboard.enabled:
+            lines.append(f"      look at the curves: tensorboard --logdir {directory.tensorboard}")
         self.say("\n".join(lines))
 
     def _close_bar(self) -> None:
@@ -337,4 +350,5 @@ class Report:
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
+        self._tensorboard.finish()
         self._wandb.finish(code)  # last, since it may wait for a network

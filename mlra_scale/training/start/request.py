@@ -21,6 +21,7 @@ from mlra_scale.model.update_rules import update_rules
 from mlra_scale.model.validation import validate
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.publishing.hub import HubError, check_access
+from mlra_scale.training.log.tensorboard_log import check_tensorboard
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
     Change,
@@ -133,7 +134,7 @@ def resolve_run(
     with _gathering(problems):
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
         validate(config, request.world_size, resolve_device(config))
-    problems += check_device(config) if is_here else []
+    problems += [*check_device(config), *check_tensorboard(config)] if is_here else []
     found = find_data(config)
     is_continued = store is not None and store.kind == "training"
     data_problems = check_data(config, is_continued, found)

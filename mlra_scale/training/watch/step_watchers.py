@@ -184,6 +184,7 @@ class StepMetrics(Watcher):
         self._peak_flops = None if peak is None else peak * 1e12 * plan.world_size
         self._seconds = self._seconds_since_log = 0.0
         self._steps = self._steps_since_log = 0
+        self._loss_sum, self._num_losses = 0.0, 0  # finite losses since the last logged step
         self._compared: list[float] = []
 
     def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
@@ -192,11 +193,15 @@ class StepMetrics(Watcher):
         self._seconds_since_log += seconds
         self._steps += 1
         self._steps_since_log += 1
+        if math.isfinite(result.loss):
+            self._loss_sum += result.loss
+            self._num_losses += 1
         self._compare(seconds - step.read_seconds, is_plain=not step.measuring_seconds)
         if not step.is_logged:
             return {}
         values: dict[str, Any] = {
             "loss": result.loss,
+            **self._mean_loss(),
             "gradient_norm": result.gradient_norm,
             "learning_rate": step.learning_rate,
             **self._throughput(),
@@ -206,10 +211,22 @@ class StepMetrics(Watcher):
             values |= {"loss_scale": result.loss_scale, "overflow": result.overflow}
         return values
 
+    def state(self) -> dict[str, float]:
+        return {"loss_sum": self._loss_sum, "num_losses": self._num_losses}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self._loss_sum, self._num_losses = float(state["loss_sum"]), int(state["num_losses"])
+
     @property
     def mean_tokens_per_second(self) -> float:
         """Over all steps of this start, the first and slowest included."""
         return self._steps * self._tokens_per_step / self._seconds if self._seconds > 0 else 0.0
+
+    def _mean_loss(self) -> dict[str, float]:
+        """Returns loss_mean, over the steps since the last call; nothing where that is the loss of one step."""
+        total, number = self._loss_sum, self._num_losses
+        self._loss_sum, self._num_losses = 0.0, 0
+        return {"loss_mean": total / number} if number > 1 else {}
 
     def _throughput(self) -> dict[str, float]:
         """Returns tokens_per_second and, where a peak is known, mfu since the last call."""

@@ -32,8 +32,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def report_of(folder: Path, is_main: bool = True, **fields: Any) -> Report:
-    config = load_config("debug", overrides=["train.steps=4"])
+def report_of(folder: Path, is_main: bool = True, overrides: tuple[str, ...] = (), **fields: Any) -> Report:
+    config = load_config("debug", overrides=["train.steps=4", *overrides])
     directory = RunDirectory(folder / "run")
     return Report(ResolvedRun(config, batch_plan(config, 1), directory, ResumePoint(**fields)), is_main)
 

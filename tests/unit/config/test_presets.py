@@ -49,6 +49,10 @@ def test_a_twin_differs_in_its_attention_only(name: str) -> None:
     assert dense.model_copy(update={"preset": mlra.preset, "model": mlra.model}) == mlra
 
 
+def test_all_presets_have_one_rule_of_where_their_record_goes() -> None:
+    assert {(preset(name).wandb.mode, preset(name).tensorboard.enabled) for name in preset_names()} == {("auto", False)}
+
+
 def test_depth_is_the_only_dial_of_the_deep_family() -> None:
     first = preset(f"gpt2-mlra-{DEEP_LAYERS[0]}l")
     assert (first.model.hidden_size, first.model.num_heads) == (1024, 16)

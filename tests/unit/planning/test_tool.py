@@ -82,6 +82,42 @@ def test_the_marked_layout_and_its_command_are_what_a_job_runs(tmp_path: Path) -
     assert plan["layouts"][plan["chosen"]]["step_seconds"] == pytest.approx(choice.chosen.time.seconds)
 
 
+def test_tables_are_at_most_120_columns_wide() -> None:
+    """The widest numbers: large models on many nodes, with everything that a layout can have."""
+    for words in (
+        ["--preset", "gpt2-mlra-72l", "--nodes", 2, "optim.name=spectron"],
+        ["--preset", "gpt2-mlra-72l-wide", "--nodes", 64, "--top", 40],
+        ["--preset", "laptop", "--cluster", "cpu"],
+    ):
+        ran = run_tool("plan", *words)
+        assert ran.code == 0, ran.stderr
+        tables, _, commands = ran.stdout.partition("\nthe planner's choice (*), which")
+        assert max(map(len, tables.splitlines())) <= 120 and commands, "commands are one line each, to be copied"
+
+
+def test_the_picture_has_the_listed_layouts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, top in zip(files, (3, 3, 1), strict=True):
+        ran = run_tool("plan", "--preset", "laptop", "--cluster", "cpu", "--top", top, "--plot", file)
+        assert ran.code == 0 and ran.stdout.endswith(f"picture of the listed layouts: {file}\n"), ran.stderr
+    first, again, fewer = (file.read_bytes() for file in files)
+    assert first.startswith(b"\x89PNG") and first == again != fewer
+
+
+def test_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
+    from mlra_scale.study.report.plan_figure import time_parts
+
+    file = tmp_path / "plan.json"
+    assert run_tool("plan", "--preset", "gpt2-mlra-72l", "--nodes", 2, "--json", file).code == 0
+    for layout in json.loads(file.read_text())["layouts"]:
+        parts = time_parts(layout)
+        assert sum(parts.values()) == pytest.approx(layout["step_seconds"]) and min(parts.values()) >= 0.0
+        pipeline = sum(parts.values()) - parts["update"] - parts["reduction of gradients"]
+        assert parts["pipeline bubble"] == pytest.approx(layout["bubble"] * pipeline, rel=0.1, abs=1e-6)
+
+
 def test_several_nodes_are_started_by_sbatch_or_torchrun() -> None:
     ran = run_tool("plan", "--preset", "gpt2", "--nodes", 2, "--devices-per-node", 2, "parallel.pipeline=1")
     assert ran.code == 0, ran.stderr
@@ -120,6 +156,7 @@ def test_where_nothing_fits_the_smallest_and_a_remedy_are_printed() -> None:
         (["--preset", "debug", "--utilization", "1.5"], "'1.5' is more than the peak"),
         (["--preset", "debug", "--memory-gib", "-1"], "'-1' is not a positive number"),
         (["--preset", "debug", "--cluster", "cpu", "--json", "."], ". cannot be written"),
+        (["--preset", "debug", "--cluster", "cpu", "--plot", "plan.pdf"], "give it a name that ends in .png"),
     ],
 )
 def test_bad_input_is_reported_in_one_error(arguments: list[str], reported: str) -> None:

@@ -1,5 +1,6 @@
 """Step metrics: throughput, MFU, memory, their console lines, and the comparison with the planner's estimate."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,14 +86,32 @@ def test_throughput_counts_only_the_time_of_steps(clock: Clock) -> None:
     assert 10 * 2**20 < peak_memory_bytes(CPU) < 2**40
 
 
+def test_the_mean_loss_is_that_of_the_steps_since_the_last_logged_one_also_after_a_resume(clock: Clock) -> None:
+    def step(metrics: StepMetrics, loss: float, is_logged: bool = False) -> Any:
+        result: Any = SimpleNamespace(loss=loss, gradient_norm=1.0, loss_scale=None, overflow=False)
+        return metrics.after_step(Step(1, is_logged, 0, started=clock.now), result)
+
+    config = load_config("debug")
+    plan = batch_plan(config, 1)
+    metrics, resumed = StepMetrics(config, plan, CPU), StepMetrics(config, plan, CPU)
+    assert "loss_mean" not in step(metrics, 5.0, is_logged=True), "one step: it is the loss"
+    step(metrics, 4.0)
+    step(metrics, float("inf"))
+    resumed.load_state(json.loads(json.dumps(metrics.state())))
+    for each in (metrics, resumed):
+        assert step(each, 3.0, is_logged=True)["loss_mean"] == 3.5, "without the one that is not finite"
+        assert "loss_mean" not in step(each, 2.0, is_logged=True)
+
+
 def test_lines() -> None:
     record = {"step": 7, "loss": 6.23456, "gradient_norm": 1.2345, "learning_rate": 3e-4, "tokens_per_second": 12345.6}
     record["memory_gib"] = 0.51
     line = train_line(record, 100, 75.0, 996.0)
-    shown = "step   7/100 | loss 6.2346 | grad 1.23 | lr 3.00e-04 | 12,346 tok/s | mem 0.51 GiB | 1:15, 16:36 left"
+    shown = "step   7/100 | loss 6.2346 | grad 1.23 | lr 3.00e-04 | 12,346 tok/s | 0.51 GiB | 1:15, 16:36 left"
     assert line == shown
     full = {**record, "mfu": 0.345, "tev_mean": 0.02, "tev_std": 0.001, "loss_scale": 65536.0, "overflow": True}
-    for part in ("MFU 34.5 %", "TEV 0.02000 +- 0.00100", "scale 65536", "overflow"):
+    full["loss_mean"] = 6.3  # of the steps since the last line
+    for part in ("loss 6.3000", "MFU 34.5 %", "TEV 0.02000 +- 0.00100", "scale 65536", "overflow"):
         assert part in train_line(full, 100, 1.0, None)
     evaluation = {"step": 7, "validation_loss": 5.0, "validation_perplexity": 148.41}
     assert validation_line(evaluation, 100) == "step   7/100 | validation loss 5.0000 | perplexity 148.4"
