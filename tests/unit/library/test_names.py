@@ -40,6 +40,13 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, name: str, 
         getattr(mlra_scale, name)
 
 
+def test_a_missing_library_is_found_behind_errors_of_transformers() -> None:
+    wrapped = ModuleNotFoundError("Could not import module 'TrainerCallback'")
+    wrapped.__cause__ = ModuleNotFoundError("No module named 'accelerate'", name="accelerate.utils")
+    assert mlra_scale._missing_library(wrapped) == "accelerate"
+    assert mlra_scale._missing_library(ModuleNotFoundError("of nothing")) == ""
+
+
 def test_the_page_has_every_name_and_its_code_uses_no_other() -> None:
     table = PAGE.split("\n## ")[0]
     assert {name for name in mlra_scale.__all__ if f"`{name}" not in table} == {"TevStatistics"}
