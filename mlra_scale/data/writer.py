@@ -89,7 +89,7 @@ class SplitWriter:
 
     def add(self, tokens: NDArray, lengths: NDArray[np.int32]) -> None:
         """Appends documents, their tokens joined and their end-of-document tokens included."""
-        content = memoryview(np.ascontiguousarray(tokens, dtype=self._dtype)).cast("B")
+        content = np.ascontiguousarray(tokens, dtype=self._dtype).data.cast("B")
         with name_errors(self._bin):
             self._tokens.write(content)
         with name_errors(self._idx):

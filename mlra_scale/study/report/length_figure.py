@@ -37,7 +37,7 @@ def draw_lengths(path: Path, lengths: Mapping[str, Mapping[str, NDArray[np.int32
         tokens, _ = np.histogram(values, edges, weights=values.astype(np.float64))
         cumulative.plot(edges[1:], 100.0 * np.cumsum(tokens) / tokens.sum(), **how)
     for axes, title in (
-        (histogram, "documents of a length, in % (quarters of an octave)"),
+        (histogram, "documents per quarter octave, in %"),
         (cumulative, "tokens in documents up to a length, in %"),
     ):
         axes.set_xscale("log", base=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlra_scale.data import DataError
+from mlra_scale.data import DataError, encode
 from mlra_scale.data.encode import Count, Placed, encode_in_order
 from mlra_scale.data.readers import Lines, Texts
 from mlra_scale.data.tally import Place
@@ -64,18 +64,21 @@ def test_chunks_hold_the_documents_in_order(tokenizer: LoadedTokenizer) -> None:
         assert tokenizer.tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False) == document
 
 
-def test_workers_do_not_change_the_result_and_do_not_run_ahead(tokenizer: LoadedTokenizer, children: Children) -> None:
+def test_workers_do_not_change_the_result_and_do_not_run_ahead(
+    tokenizer: LoadedTokenizer, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_CHUNK_BYTES", 1 << 16)
     taken = 0
 
     def counted() -> Iterator[Placed]:
         nonlocal taken
-        for placed in portions(2000):
+        for placed in portions(200):
             taken += 1
             yield placed
 
     ahead = []
     stream = encode_in_order(counted(), tokenizer.tokenizer.to_str(), 0, "uint16", workers=2)
-    alone = encode_in_order(portions(2000), tokenizer.tokenizer.to_str(), 0, "uint16", workers=1)
+    alone = encode_in_order(portions(200), tokenizer.tokenizer.to_str(), 0, "uint16", workers=1)
     done = largest = 0
     for chunk, wanted in zip(stream, alone, strict=True):
         assert chunk.tokens.tobytes() == wanted.tokens.tobytes() and (chunk.lengths == wanted.lengths).all()
@@ -83,7 +86,7 @@ def test_workers_do_not_change_the_result_and_do_not_run_ahead(tokenizer: Loaded
         ahead.append(taken - done)
         done += len(chunk.counts)
         largest = max(largest, len(chunk.counts))
-    assert done == 2000 and max(ahead) <= largest * (4 * 2 + 1)
+    assert done == 200 and max(ahead) <= largest * (4 * 2 + 1)
     assert not children()
 
 

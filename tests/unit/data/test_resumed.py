@@ -112,7 +112,7 @@ def test_without_a_commit_nothing_is_left(
     tmp_path: Path, source: Path, stop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "SECONDS_BETWEEN_COMMITS", 1e9)
-    stop(5)
+    stop(3)
     with pytest.raises(KeyboardInterrupt):
         prepare(options_of(source, tmp_path / "set"))
     assert sorted(os.listdir(tmp_path)) == ["hub", "in"]
@@ -124,7 +124,7 @@ def test_an_error_says_what_is_kept(tmp_path: Path, source: Path, stop: Any) -> 
         (DataError("no text"), "no text"),
         (OSError(28, "No space left on device"), f"{out} cannot be written: No space left on device"),
     ):
-        stop(5, error)
+        stop(2, error)
         with pytest.raises(DataError) as caught:
             prepare(options_of(source, out))
         kept = f"what is done so far is kept in {tmp_path / '.set.partial'}: the same command continues there"
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_begun_again(
     message: str,
 ) -> None:
     caplog.set_level(logging.INFO)
-    stop(5)
+    stop(3)
     with pytest.raises(KeyboardInterrupt):
         prepare(options_of(source, tmp_path / "set"))
     if change is not None:
@@ -178,7 +178,7 @@ def test_another_tokenizer_of_the_same_name_is_begun_again(
     path = tmp_path / "tokenizer.json"
     path.write_bytes((tmp_path / "first" / "tokenizer" / "tokenizer.json").read_bytes())
     named: dict[str, Any] = {"train_bpe": None, "tokenizer": [str(path)]}
-    stop(5)
+    stop(3)
     with pytest.raises(KeyboardInterrupt):
         prepare(options_of(source, tmp_path / "set", **named))
     path.write_bytes((tmp_path / "second" / "tokenizer" / "tokenizer.json").read_bytes())
