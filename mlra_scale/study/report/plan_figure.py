@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ _STAGE = {
 }
 """Fields of a stage's seconds, and their names in the picture."""
 _HATCHES = ("", "//", "..", "\\\\", "xx", "++", "--", "oo", "**")
+_Place = Literal["outside lower left", "outside lower right"]
 
 
 def time_parts(layout: Mapping[str, Any]) -> dict[str, float]:
@@ -88,7 +89,7 @@ def _draw_bars(axes: Axes, names: Sequence[str], rows: Sequence[Mapping[str, flo
     axes.grid(axis="y", visible=False)
 
 
-def _finish(figure: Figure, axes: Axes, title: str, unit: str, place: str) -> None:
+def _finish(figure: Figure, axes: Axes, title: str, unit: str, place: _Place) -> None:
     axes.set_title(title)
     axes.set_xlabel(unit)
     figure.legend(*axes.get_legend_handles_labels(), loc=place, ncols=2, handlelength=2.0)
