@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 CHOICES: list[dict[str, Any]] = [
     {"question": "A window slides over the", "choices": ["text", "moon, and every one", "rest"], "answer": 0},
     {"question": "every token in it is", "choices": ["seen", "lost"], "answer": 1},
@@ -54,5 +52,5 @@ def harness_files(folder: Path) -> dict[str, Path]:
     for name, (rows, settings) in tasks.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, "test_split": "test", **settings}))
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **data, "test_split": "test", **settings}))
     return {name: folder / f"{name}.yaml" for name in tasks}
