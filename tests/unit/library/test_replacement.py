@@ -67,8 +67,8 @@ def test_new_factors_begin_with_the_chosen_spread_and_keep_biases() -> None:
     replace_attention_projections(model, 64, "qkvo", init="matched")
     attention = model.transformer.h[0].attn
     std = math.sqrt(model.config.initializer_range) * 64**-0.25
-    assert float(attention.c_attn.k.down.weight.std()) == pytest.approx(std, rel=0.03)
-    assert float(attention.c_proj.up.weight.std()) == pytest.approx(std / math.sqrt(2 * 2), rel=0.03)
+    assert attention.c_attn.k.down.weight.std().item() == pytest.approx(std, rel=0.03)
+    assert attention.c_proj.up.weight.std().item() == pytest.approx(std / math.sqrt(2 * 2), rel=0.03)
     assert torch.equal(torch.cat([getattr(attention.c_attn, name).up.bias for name in "qkv"]), biases)
 
 
