@@ -124,7 +124,7 @@ bench:
 	done
 
 docs:
-	@$(INSTALL) --extra docs
+	@$(INSTALL) --extra dev
 	$(BIN)/mkdocs build --strict
 
 locks:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,11 +31,12 @@ from torch import nn
 from torch.nn import functional
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.context import ModelContext
 from mlra_scale.model.initialization import fill_initial_values
 from mlra_scale.model.parameters import LinearMap
 from mlra_scale.model.randomness import keyed_generator
-from mlra_scale.model.tensor_parallel import copy_to_tensor_parallel
+
+if TYPE_CHECKING:  # it loads Megatron, and exporting and evaluating do without
+    from mlra_scale.model.context import ModelContext
 
 _FIRST_ITERATIONS = 16
 """Of the initial weights: sigma of a normal matrix is then some 3 % too small (D = 768), and soon exact."""
@@ -143,6 +144,8 @@ class SpectralNorm:
         scale = self.gain.to(sigma.dtype) / sigma
         # A rank multiplies its part of the matrix or of the sequence only: it sees a part of this number's gradient.
         if self.entry.weights[-1].shard_dim is not None or self.context.has_sequence_parallel:
+            from mlra_scale.model.tensor_parallel import copy_to_tensor_parallel  # it loads Megatron
+
             (scale,) = copy_to_tensor_parallel(self.context, scale)
         y: torch.Tensor = ScaledLinear.apply(x, weight, scale)
         return y

@@ -35,13 +35,19 @@ CASES: dict[str, tuple[Options, Options, str]] = {
 
 def defects(name: str) -> list[tuple[Any, str, Any]]:
     """What a defect replaces: module, name in it, and its replacement without the sum."""
-    from mlra_scale.model import embedding, linear, norm, spectral, tensor_parallel
+    from mlra_scale.model import embedding, linear, norm, tensor_parallel
 
-    leave = tensor_parallel.leave_tensor_parallel
+    copy, leave = tensor_parallel.copy_to_tensor_parallel, tensor_parallel.leave_tensor_parallel
     found: dict[str, list[tuple[Any, str, Any]]] = {
         "latents": [(linear, "enter_tensor_parallel", lambda context, *tensors: list(tensors))],
         "qk-norm": [(norm, "copy_to_tensor_parallel", lambda context, *tensors: list(tensors))],
-        "sigma": [(spectral, "copy_to_tensor_parallel", lambda context, *tensors: list(tensors))],
+        # The scale is the only tensor of one element that is copied.
+        "sigma": [
+            (
+                *(tensor_parallel, "copy_to_tensor_parallel"),
+                lambda context, *tensors: copy(context, *tensors) if tensors[0].numel() > 1 else list(tensors),
+            )
+        ],
         "on_slice": [(module, "on_slice", lambda context, *values: list(values)) for module in (embedding, norm)],
         "slice_linear": [(linear, "slice_linear", lambda context, *values: functional.linear(*values))],
         "bias": [

@@ -14,9 +14,15 @@ LIBRARIES = {"torch", "deepspeed", "megatron", "transformers", "numpy"}
 
 @pytest.mark.parametrize(
     ("module", "heavy"),
-    [("config", LIBRARIES), ("cli.main", LIBRARIES), ("stability.tev_folder", LIBRARIES - {"torch", "numpy"})],
+    [
+        ("config", LIBRARIES),
+        ("cli.main", LIBRARIES),
+        ("stability.tev_folder", LIBRARIES - {"torch", "numpy"}),
+        ("checkpoint.huggingface.tensors", LIBRARIES - {"torch", "numpy"}),
+        ("evaluation.models", {"deepspeed", "megatron"}),
+    ],
 )
-def test_configuration_command_line_and_tev_of_a_folder_load_no_heavy_library(module: str, heavy: set[str]) -> None:
+def test_what_reads_configurations_and_weights_loads_no_heavy_library(module: str, heavy: set[str]) -> None:
     code = f"import {PACKAGE}.{module}, sys; print(*({heavy} & set(sys.modules)))"
     # -I keeps what site packages preload through the environment out; the root is named instead.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
