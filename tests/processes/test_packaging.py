@@ -13,12 +13,16 @@ import pytest
 from mlra_scale import __version__
 from tests.support.training_runs import ROOT, environment
 
-NOT_COPIED = shutil.ignore_patterns(
-    *(".git", ".venv", "build", "data", "dist", "runs", "wandb", "*.egg-info"),
-    *("__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"),
-)
+WRITTEN_AT_THE_TOP = (".git", ".venv", "build", "data", "dist", "runs", "wandb")
+WRITTEN_ANYWHERE = shutil.ignore_patterns("*.egg-info", "__pycache__", ".hypothesis", ".*_cache")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 NAME = f"mlra_scale-{__version__}"
+
+
+def not_copied(folder: str, names: list[str]) -> set[str]:
+    """What a clone of the project would not have."""
+    at_the_top = {name for name in names if name in WRITTEN_AT_THE_TOP and Path(folder) == ROOT}
+    return at_the_top | WRITTEN_ANYWHERE(folder, names)
 
 
 def build(hook: str, project: Path, output: Path) -> Path:
@@ -36,7 +40,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's sdist, unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
     # The build writes beside its sources.
-    shutil.copytree(ROOT, folder / "copy", ignore=NOT_COPIED)
+    shutil.copytree(ROOT, folder / "copy", ignore=not_copied)
     with tarfile.open(build("build_sdist", folder / "copy", folder / "built")) as archive:
         archive.extractall(folder, filter="data")
     return folder / NAME
@@ -50,17 +54,28 @@ def wheel(sdist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the wheel is installed, and nothing else."""
+    """An environment in which the wheel is installed, and which sees the libraries of this one.
+
+    If the tests run in an editable installation, that does not reach into it: a module that the wheel lacks is missing.
+    """
     folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*pip, "--target", str(folder), str(wheel)], check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--no-compile", str(wheel)], check=True, timeout=200)
+    libraries = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages_of(folder) / "libraries.pth").write_text("\n".join(libraries) + "\n")
     return folder
 
 
+def packages_of(environment: Path) -> Path:
+    """Where an environment has its packages."""
+    return next(environment.glob("lib/python*/site-packages"))
+
+
 def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a folder where no checkout is; Python finds the installed package before any other."""
-    path = os.pathsep.join([str(installed / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {**environment(PATH=path), "PYTHONPATH": str(installed)}
+    """Runs a command of the environment in a folder where no checkout is."""
+    variables = environment(PATH=f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    del variables["PYTHONPATH"]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=200)
 
 
@@ -86,15 +101,16 @@ def test_the_wheel_has_the_package_and_the_two_folders_and_nothing_else(wheel: P
 
 
 def test_the_command_is_that_of_the_wheel(installed: Path, tmp_path: Path) -> None:
-    where = run(installed, tmp_path, sys.executable, "-c", "import mlra_scale; print(mlra_scale.__file__)")
-    assert Path(where.stdout.strip()).parent == installed / "mlra_scale"
+    where = run(installed, tmp_path, "python", "-c", "import mlra_scale; print(mlra_scale.__file__)")
+    assert Path(where.stdout.strip()).parent == packages_of(installed) / "mlra_scale"
     assert run(installed, tmp_path, "mlra-scale", "--version").stdout == f"mlra-scale {__version__}\n"
 
 
 def test_without_any_dependency_the_package_and_its_files_are_there(installed: Path, tmp_path: Path) -> None:
     """As after `pip install --no-deps`, in a Python that sees no other package."""
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from mlra_scale.cli.main import main; sys.exit(main())"
-    result = run(installed, tmp_path, sys.executable, "-I", "-S", "-c", code, str(installed), "slurm-files", "here")
+    packages = str(packages_of(installed))
+    result = run(installed, tmp_path, "python", "-I", "-S", "-c", code, packages, "slurm-files", "here")
     assert result.returncode == 0 and (tmp_path / "here" / "slurm" / "launch.sh").is_file(), result.stderr
 
 
