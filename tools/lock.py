@@ -33,7 +33,7 @@ CPU_TORCH = {
         (3, 13): "3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6",
     }
 }
-"""SHA-256 of torch's CPU builds by version and Python: links of https://download.pytorch.org/whl/cpu/torch/ have them."""
+"""SHA-256 of torch's CPU builds by version: links of https://download.pytorch.org/whl/cpu/torch/ have them."""
 _CPU_URL = "https://download.pytorch.org/whl/cpu/torch-{version}%2Bcpu-{tag}-{tag}-manylinux_2_28_x86_64.whl"
 _OLDER = (f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1))
 PLATFORMS = (*_OLDER, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")
