@@ -23,7 +23,7 @@ Rules = Mapping[str, UpdateRule]
 
 def begins_anew(store: Store, rules: Rules) -> list[str]:
     """Returns the parameters whose AdamW begins with a start of these rules: a momentum alone is stored of them."""
-    return [name for name, rule in rules.items() if rule.optimizer == "adamw" and store.parts(name)[1:] == ("exp_avg",)]
+    return [name for name, rule in rules.items() if rule.is_adamw and store.parts(name)[1:] == ("exp_avg",)]
 
 
 def adam_begun_at(store: Store, rules: Rules) -> dict[str, int]:
@@ -36,7 +36,7 @@ def adam_begun_at(store: Store, rules: Rules) -> dict[str, int]:
     state = store.state.get("engine")
     if state is None or not store.manifest.has_moments:
         return {}
-    begun = {name: at for name, at in state.get("adam_begun_at", {}).items() if rules[name].optimizer == "adamw"}
+    begun = {name: at for name, at in state.get("adam_begun_at", {}).items() if rules[name].is_adamw}
     anew = dict.fromkeys(begins_anew(store, rules), state["optimizer_step"])
     return {name: at for name, at in (begun | anew).items() if at > 0}
 
@@ -64,7 +64,7 @@ def notice_of_change(store: Store, rules: Rules) -> str | None:
         ("AdamW begins anew, with moments of zero, for", begins_anew(store, rules)),
         (
             "AdamW's first moment becomes the momentum, and its second one is dropped, of",
-            [name for name in with_both if rules[name].optimizer != "adamw"],
+            [name for name in with_both if not rules[name].is_adamw],
         ),
         ("power iterations begin anew for", factors),
     ]

@@ -72,8 +72,8 @@ def update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule
 
 
 def rule_problems(model: ModelConfig, optim: OptimConfig) -> list[Problem]:
-    """Returns what `update_rules` would raise."""
-    return list(_resolved(model, optim)[1])
+    """Returns what `update_rules` would raise. Without rules that is nothing, and no table of a deep model is made."""
+    return list(_resolved(model, optim)[1]) if optim.rules else []
 
 
 @lru_cache(maxsize=16)  # the planner asks for each of its layouts

@@ -253,9 +253,6 @@ class Engine(ABC):
             if self.owns(fragment.name):
                 yield Fragment(fragment.name, fragment.start, _unscaled(fragment.values, scale))
 
-    def weight_decay(self, name: str) -> float:
-        return self.rules[name].weight_decay
-
     @torch.no_grad()
     def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
         """Multiplies rows of weights in fp32 and copies them to the model; moments stay. Collective.

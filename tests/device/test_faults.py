@@ -32,6 +32,7 @@ def test_faults_are_found() -> None:
         assert not [line for line in before if words in line], fault
 
 
+@pytest.mark.slow
 def test_a_tensor_on_the_wrong_device_ends_the_trace() -> None:
     with pytest.raises(TraceError, match="Expected all tensors to be on the same device"):
         trace(SMALL, ("mixes_devices",))

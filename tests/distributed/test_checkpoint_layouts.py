@@ -54,7 +54,7 @@ def test_the_same_layout_continues_bitwise(matrix: Matrix, name: str, precision:
     assert cell(matrix, name, name, precision, train__precision=precision) == "bitwise"
 
 
-@pytest.mark.slow_except("tp2pp2-fp32-zero3-tp2dp2-bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved_in", "was", "name", "precision"),
     [

@@ -126,7 +126,7 @@ def final_state(engine: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
     return engine.training_state(), [tensor.numpy().copy() for tensor in there]
 
 
-@pytest.mark.slow_except("tp2dp2-zero3-odd", "tp2pp2-o")
+@pytest.mark.slow_except("tp2pp2-o")
 @pytest.mark.parametrize("case", CASES)
 def test_statistics_are_right_and_change_nothing(worker_pool: Pools, case: str) -> None:
     layout, options = CASES[case]

@@ -230,7 +230,7 @@ def test_in_bf16_a_loss_that_is_not_finite_leads_to_skips_and_a_rollback(run: Ru
     assert bad == [25, 44, 45], "no update that was left out has spoilt what comes after it"
 
 
-@pytest.mark.slow_except("after the note")
+@pytest.mark.slow
 @pytest.mark.parametrize("death", ["after the note", "before the note"])
 def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp_path: Path, death: str) -> None:
     """After guard.json is written, its data stay skipped; before, the same trouble leads to the same return."""
@@ -341,6 +341,7 @@ CHANGED = [*GUARD, "guard.calm_steps=50", "guard.max_lowerings=0", "--resume", "
 """Two bad updates are one too many, and the episode does not end."""
 
 
+@pytest.mark.slow
 def test_a_run_whose_first_update_with_another_optimizer_was_skipped_saves_and_continues_bitwise(
     run: Run, tmp_path: Path
 ) -> None:
@@ -358,7 +359,7 @@ def test_a_run_whose_first_update_with_another_optimizer_was_skipped_saves_and_c
     assert store_of(parts, 8).buffer_names and curve(parts, "loss") == curve(whole, "loss")
 
 
-@pytest.mark.slow_except("adamw-spectron")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("was", "now"), [("adamw", "spectron"), ("muon", "adamw")], ids=["adamw-spectron", "muon-adamw"]
 )

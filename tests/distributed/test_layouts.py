@@ -222,7 +222,7 @@ COMPILED_CASES += [(Layout(), {**options, "model__num_layers": 4}, {}) for optio
 COMPILED_CASES += [(Layout(tensor=2, data=2, stage=1), SHARING[1], {"parallel__sequence_parallel": True})]
 
 
-@pytest.mark.slow_except("tp2pp1dp1-zero0-mlra-replicated")
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "model", "split"), COMPILED_CASES, ids=identify)
 def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, model: Options, split: Options) -> None:
     config = in_layout(layout, train__compile=True, **model, **split)

@@ -131,7 +131,6 @@ VARIANTS: dict[str, Options] = {
     "tp2pp2dp1-zero1-one-sample-at-a-time",
     "tp2pp2dp1-zero1-other-iterations",
     "tp2pp2dp1-zero1-rule-of-the-paper",
-    "tp2pp1dp2-zero3-odd-shapes",
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
@@ -274,7 +273,7 @@ BF16_LAYOUTS = [
 ]
 
 
-@pytest.mark.slow_except("tp2pp1dp2-zero3-spectron-mlra")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", BF16_LAYOUTS, ids=identify)
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, optimizer: str) -> None:
@@ -303,7 +302,7 @@ def test_iterations_in_bf16_widen_the_difference(worker_pool: Pools, layout: Lay
     assert 2**-9 < max(shares) < 0.2
 
 
-@pytest.mark.slow_except("tp1pp1dp2-zero3-spectron-mlra")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon-mlra", "spectron-mlra"])
 @pytest.mark.parametrize(
     "layout",

@@ -203,8 +203,8 @@ def full() -> int:
 
 
 STOPS = (
-    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True, tier="slow"),
-    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True, tier=""),
+    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True, tier=""),
+    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True, tier="slow"),
     stop("Ctrl-C twice", "Ctrl-C twice in a terminal", typed(2), is_saved=False, terminal=True),
     stop("Ctrl-C twice, torchrun", "as before, torchrun", typed(2), "zero3-dp2", is_saved=False, terminal=True),
     stop("terminal closed", "SIGHUP by closing the terminal", Program.hang_up, terminal=True, tier="slow"),
@@ -222,7 +222,10 @@ CONSOLES = (
     console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),
     console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}, tier="slow"),
     console("stdout is full", "stdout is /dev/full", lambda: {"stdout": full()}),
-    console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}, tier=""),
+    console(
+        *("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}),
+        tier="slow",
+    ),
     console(
         "no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}, tier="slow"
     ),

@@ -77,7 +77,7 @@ def measured(
     old_U, new_U = (_stacked(of, ups) for of in (before, after))
     old_D, new_D = (_stacked(of, [other_factor(name) for name in ups]) for of in (before, after))
     # W' = (1 - rate decay) W - move of each factor, for every optimizer here.
-    kept = 1.0 - learning_rate * engine.weight_decay(ups[0])
+    kept = 1.0 - learning_rate * engine.rules[ups[0]].weight_decay
     move_U, move_D = kept * old_U - new_U, kept * old_D - new_D
     updates = _norms((old_U - move_U) @ (old_D - move_D) - old_U @ old_D)
     size = max(new_U.shape[-2], new_D.shape[-1])

@@ -104,8 +104,6 @@ WITHOUT_PIPELINE: tuple[Layout, ...] = (
 )
 ALL = (*WITH_PIPELINE, *WITHOUT_PIPELINE)
 LAYOUTS = {layout.name: layout for layout in ALL}
-DAILY = tuple(LAYOUTS[name] for name in (f"{PIPELINE.name}, stage 0", "ZeRO 3 x tensor 2 x data 4"))
-"""Those of `make test`."""
 DEEP = (*_stages(PIPELINE, 0, 1, 3), LAYOUTS["ZeRO 1 x data 8"])
 """Those that are traced with 72 layers too."""
 MEASURING = tuple(

@@ -15,7 +15,7 @@ from docs.studies.update_norm.recorder import factors_of, measured
 from docs.studies.update_norm.report import LARGEST_C, OPTIMIZERS, file_of, report
 from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
-from mlra_scale.model.update_rules import other_factor
+from mlra_scale.model.update_rules import other_factor, update_rules
 from mlra_scale.parallel.fragments import Fragment
 
 RATE, DECAY = 1e-2, 0.1
@@ -36,13 +36,11 @@ class Weights:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.table, self.topology = TABLE, SimpleNamespace(world_size=1)
+        self.rules = update_rules(CONFIG.model, CONFIG.optim)
         self.of = {name: 0.2 * torch.randn(info.shape, generator=generator) for name, info in TABLE.items()}
 
     def owned_fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, weight.view(-1)) for name, weight in self.of.items()]
-
-    def weight_decay(self, name: str) -> float:
-        return DECAY
 
     def move(self, rho_of: Any, length: float = 1.0) -> None:
         """Moves every factor by rho times a matrix whose singular values are all `length`, and decays it."""
