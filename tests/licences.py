@@ -39,9 +39,10 @@ def licence_of(package: str) -> str | None:
         for line in metadata.get_all("Classifier", [])
         if line.startswith("License :: ") and line != "License :: OSI Approved"
     ]
-    text = (metadata.get("License") or "").strip()
+    text = "".join(metadata.get_all("License", [])).strip()
     short = text if len(text) <= _LONGEST and "\n" not in text else ""
-    found = metadata.get("License-Expression") or ", ".join(sorted(classifiers)) or short
+    expression = "".join(metadata.get_all("License-Expression", []))
+    found = expression or ", ".join(sorted(classifiers)) or short
     if not found:
         raise ValueError(f"{package}: no licence in its metadata")
     return found

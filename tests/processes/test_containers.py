@@ -48,7 +48,7 @@ def test_every_instruction_is_one_of_docker() -> None:
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     copied = [rest.split()[:-1] for keyword, rest in instructions() if keyword == "COPY" and "--from" not in rest]
     names = {lock_of(name) for group in copied for name in group}
-    assert names == {lock_of(line.split()[0]) for line in sections()["files"]}
+    assert names == {lock_of(line).split()[0] for line in sections()["files"]}
     ignored = (ROOT / "containers" / "Dockerfile.dockerignore").read_text().splitlines()
     assert {line[1:] for line in ignored if line.startswith("!")} == {name.split("/")[0] for name in names}
     assert all((ROOT / name).exists() for name in names), names

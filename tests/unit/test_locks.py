@@ -101,7 +101,7 @@ def test_of_many_files_those_for_the_platform_are_locked() -> None:
         "a-1-cp311-cp311-manylinux_2_34_x86_64.whl": "6",
         "a-1-cp311-cp311-macosx_11_0_arm64.whl": "7",
     }
-    package = {
+    package: dict[str, Any] = {
         "wheels": [{"url": f"https://b/{name}", "hashes": {"sha256": value}} for name, value in wheels.items()],
         "sdist": {"hashes": {"sha256": "9"}},
     }
