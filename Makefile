@@ -7,6 +7,8 @@
 # make study        the small study of docs/studies (18 runs, an estimated ten minutes on 2 cores) and its report
 # make bench        the benchmarks of docs/performance.md on this machine, each a ratio within one run (up to an hour), or
 #                   some of them: make bench BENCH="scaling checkpoint"; the results lie in runs/bench
+# make docs         the documents as a site in build/site, with every link checked
+# make locks        the lock files of locks/ anew, after a change of pyproject.toml or constraints.txt (needs PyPI)
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
 # Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
@@ -63,7 +65,7 @@ print(tokenizer.decode(text[0], skip_special_tokens=True))
 endef
 export SAMPLE
 
-.PHONY: help quickstart test test-all test-nightly lint study bench clean
+.PHONY: help quickstart test test-all test-nightly lint study bench docs locks clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -124,6 +126,14 @@ bench:
 	for name in $(BENCH); do
 	    $(BIN)/python -m benchmarks.$$name --json runs/bench/$$name.json $(BENCH_ARGS) | tee runs/bench/$$name.txt
 	done
+
+docs:
+	@$(INSTALL) --extra dev
+	$(BIN)/mkdocs build --strict
+
+locks:
+	@$(INSTALL) --extra locks
+	PATH=$(BIN):$$PATH $(BIN)/python tools/lock.py
 
 clean:
 	rm -rf '$(VENV)' build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

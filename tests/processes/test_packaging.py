@@ -87,7 +87,7 @@ def tracked(*folders: str) -> set[str]:
 
 def test_the_sdist_is_the_project(sdist: Path) -> None:
     files = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
-    folders = ("benchmarks", "docs", "ds_configs", "slurm", "tests", "tools", ".ci")
+    folders = ("benchmarks", "containers", "docs", "ds_configs", "locks", "slurm", "tests", "tools", ".ci")
     wanted = tracked("mlra_scale", *folders)
     wanted |= {path.name for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".txt", ".yml", ".cff")}
     assert wanted | {"LICENSE", "Makefile", "setup.py"} <= files, wanted - files

@@ -24,7 +24,7 @@ def test_the_build_of_torch_is_read_without_importing_it(tmp_path: Path) -> None
 
 def test_make_without_a_target_explains_itself() -> None:
     result = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, timeout=60, check=True)
-    for target in ("quickstart", "test", "lint", "bench", "clean"):
+    for target in ("quickstart", "test", "lint", "bench", "docs", "locks", "clean"):
         assert f"make {target}" in result.stdout
 
 
@@ -53,7 +53,7 @@ def test_ci_installs_only_what_is_missing(tmp_path: Path, has_compiler: bool, pa
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    wanted = ["make lint", "make test", ".ci/check_skips.py build/tests.xml"]
+    wanted = ["make lint", "make docs", "make test", ".ci/check_skips.py build/tests.xml"]
     installed = ["apt-get update -qq", "apt-get install g++"] if packages == "root with apt-get" else []
     assert result.stdout.splitlines() == ([] if has_compiler else installed) + wanted
     told = ".ci/run: this machine may lack what these Debian packages give: g++\n"

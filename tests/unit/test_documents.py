@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import re
 import shlex
 from functools import cache
@@ -18,7 +19,7 @@ from mlra_scale.train import build_parser
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
-PROGRAMS = ("python", "python3", "mlra-scale", "torchrun", "sbatch", "bash", "make")
+PROGRAMS = ("python", "python3", "mlra-scale", "torchrun", "sbatch", "bash", "make", "docker", "apptainer")
 FOREIGN = {"pip", "venv", "pytest", "torch.distributed.run"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)]*)\)")
@@ -66,7 +67,7 @@ def problem_of(command: str, paragraph: str = "") -> str | None:
 
 
 def _problem(program: str, words: list[str], paragraph: str) -> str | None:
-    missing = [word for word in words if re.match(r"tests/", word) and not (ROOT / word).exists()]
+    missing = [word for word in words if re.match(r"(containers|locks|tests)/", word) and not (ROOT / word).exists()]
     if missing:
         return f"there is no {missing[0]}"
     if program == "make":
@@ -108,7 +109,7 @@ def _problem_of_module(name: str, words: list[str], paragraph: str) -> str | Non
 def _problem_of_tool(path: str, words: list[str]) -> str | None:
     renamed = {"prepare_data": "prepare", "export_hf": "export", "import_hf": "import"}
     stem = Path(path).stem
-    if stem in ("install", "NAME"):
+    if stem in ("install", "lock", "NAME"):
         return None
     return _parse(renamed.get(stem, stem), words) if (ROOT / path).is_file() else f"there is no {path}"
 
@@ -224,3 +225,10 @@ def test_a_broken_link_and_a_picture_without_words_are_seen(tmp_path: Path) -> N
         "# One title\n[x](b.md) [y](#one-title) [z](#two) [w](https://a.b/c)\n\n![](a.png) ![short](a.png)\n"
     )
     assert [problem.split(":")[0] for problem in link_problems(document)] == ["b.md", "#two", "a.png", "a.png"]
+
+
+def test_the_site_has_every_document() -> None:
+    """Beside mkdocs' own check, which needs mkdocs."""
+    written = set(re.findall(r"- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {os.path.relpath(path, ROOT / "docs") for path in DOCUMENTS if path.is_relative_to(ROOT / "docs")}
+    assert written == pages | {"index.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}

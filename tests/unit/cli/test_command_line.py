@@ -54,7 +54,7 @@ def test_nproc_is_taken_out_and_all_else_is_left_to_the_training(monkeypatch: py
 
 
 def test_tools_run_the_same_commands() -> None:
-    files = {file.stem for file in TOOLS.glob("*.py")} - {"install"}
+    files = {file.stem for file in TOOLS.glob("*.py")} - {"install", "lock"}
     renamed = {"prepare": "prepare_data", "export": "export_hf", "import": "import_hf"}
     assert files == {renamed.get(name, name) for name in COMMANDS if name not in ("train", "slurm-files")}
     for file in files:
