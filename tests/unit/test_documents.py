@@ -49,7 +49,8 @@ def commands_of(paragraph: str) -> list[str]:
 
 def words_of(command: str) -> list[str]:
     """Its words: a placeholder in capitals is a number, which is a path as well; brackets and dots are left out."""
-    words = [word.strip("[]").split("|")[0] for word in shlex.split(command, comments=True)]
+    words = shlex.split(command, comments=True)
+    words = [word if "=[" in word else word.strip("[]").split("|")[0] for word in words]
     words = ["7" if re.fullmatch(r"[A-Z][A-Z_+0-9]*", word) else word for word in words]
     return [word for word in words if word not in ("", "...")]
 

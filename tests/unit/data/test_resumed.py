@@ -45,6 +45,12 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _messages_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test before these may have called `set_up_logging`."""
+    monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)
+
+
 def options_of(source: Path, output: Path, **changes: Any) -> PrepareOptions:
     values: dict[str, Any] = {"train_bpe": 280, "train_bpe_bytes": 3000, "validation_fraction": 0.2}
     names = (f"hf:{source.parent / 'hub'}", str(source))
