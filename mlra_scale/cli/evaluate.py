@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output, text_fields, trained_model
-from mlra_scale.config.text_tasks import NAMED_TEXTS
 from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ line of a .jsonl file and each document of prepared data. docs/evaluation.md has
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    from mlra_scale.config.text_tasks import NAMED_TEXTS
+
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text", nargs="+", metavar="SOURCE", help="files, folders, globs, as prepare_data.py has them"
@@ -85,6 +86,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 def _score(
     options: argparse.Namespace, opened: OpenedModel, loaded: LoadedTokenizer, window: int, stride: int
 ) -> Perplexity:
+    from mlra_scale.config.text_tasks import NAMED_TEXTS
     from mlra_scale.evaluation.perplexity import perplexity, perplexity_of_windows
     from mlra_scale.evaluation.tasks import task_windows
 
