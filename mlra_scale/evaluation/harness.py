@@ -15,6 +15,8 @@ from mlra_scale.evaluation.perplexity import Window
 
 MISSING = "lm-evaluation-harness is missing; pip install 'mlra-scale[harness]'"
 _FILES = (".yaml", ".yml")
+_FEWSHOT_SEED = 1234
+"""That of lm_eval's simple_evaluate and of its command line, which alone set one."""
 
 
 class Score(NamedTuple):
@@ -73,6 +75,8 @@ class Harness:
         from lm_eval.evaluator import evaluate
 
         model = _ScoredModel(self._loaded, self._length, score)
+        for task in self._tasks["tasks"].values():
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # the same examples at every checkpoint
         with _errors("lm-evaluation-harness failed"):
             results = evaluate(lm=model, task_dict=self._tasks, bootstrap_iters=0, log_samples=False)
         return {name: _metrics(values) for name, values in results["results"].items()}

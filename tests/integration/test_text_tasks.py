@@ -93,7 +93,7 @@ def test_the_harness_finds_the_same_on_the_export(
     found = curve(tmp_path / "run", "harness")
     assert list(found) == [2, 4]
     expected = by_the_harness(tmp_path / "run" / "exported", files)
-    assert found[4].keys() == expected.keys() == {"choose", "last_word", "whole"}  # type: ignore[attr-defined]
+    assert found[4].keys() == expected.keys() == {"choose", "last_word", "whole", "few_shot"}  # type: ignore[attr-defined]
     for name, metrics_of in found[4].items():  # type: ignore[attr-defined]
         assert {key: value for key, value in expected[name].items() if "stderr" not in key} == (
             pytest.approx(metrics_of, rel=1e-5)

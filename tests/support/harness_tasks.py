@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness over a few local lines: a choice, a last word, and whole texts."""
+"""Tasks of lm-evaluation-harness over a few local lines: a choice, a last word, whole texts, and one with examples."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,12 @@ CHOICES: list[dict[str, Any]] = [
     {"question": "Nothing " * 30 + "is", "choices": ["new", "old and long since gone"], "answer": 0},
 ]
 WORDS = [{"text": "A window slides over the", "word": "text"}, {"text": "every token in it is seen", "word": "once"}]
+EXAMPLES = [{"text": f"After {number} comes", "word": f"{number + 1}"} for number in range(20)]
 TEXTS = [{"text": "A window slides over the text. " * 9}, {"text": "Nothing"}]
 
 
 def harness_files(folder: Path) -> dict[str, Path]:
-    """Writes the tasks `choose`, `last_word` and `whole` with their data; returns their YAML files."""
+    """Writes the tasks `choose`, `last_word`, `whole` and `few_shot` with their data; returns their YAML files."""
     mean = {"aggregation": "mean", "higher_is_better": True}
     tasks: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "choose": (
@@ -49,6 +50,8 @@ def harness_files(folder: Path) -> dict[str, Path]:
             },
         ),
     }
+    last_words = tasks["last_word"][1]
+    tasks["few_shot"] = (EXAMPLES, last_words | {"num_fewshot": 2, "fewshot_split": "test"})
     for name, (rows, settings) in tasks.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}

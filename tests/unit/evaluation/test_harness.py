@@ -12,7 +12,7 @@ from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.harness import Harness, Score
 from mlra_scale.evaluation.perplexity import Window
 from tests.support.gpt2_folders import tokenizer
-from tests.support.harness_tasks import CHOICES, TEXTS, WORDS, harness_files
+from tests.support.harness_tasks import CHOICES, EXAMPLES, TEXTS, WORDS, harness_files
 
 LENGTH = 24
 PREFIX = tokenizer().end_of_document_token
@@ -59,6 +59,18 @@ def test_choices_and_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["last_word"] == pytest.approx({"perplexity": math.exp(sum(scores) / 2), "acc": likely})
     again = Asked()
     assert harness.evaluate(again) == found and again.windows == asked.windows, "as at the next checkpoint"
+
+
+def test_examples_are_the_same_in_every_evaluation_and_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = [Asked(), Asked(), Asked()]
+    file = str(harness_files(tmp_path)["few_shot"])
+    harness, next_start = Harness([file], tokenizer(), 200), Harness([file], tokenizer(), 200)
+    found = [harness.evaluate(asked[0]), harness.evaluate(asked[1]), next_start.evaluate(asked[2])]
+    assert found[0] == found[1] == found[2]
+    assert asked[0].windows == asked[1].windows == asked[2].windows
+    examples = {tuple(window.tokens[:10]) for window in asked[0].windows}
+    assert len(asked[0].windows) == len(EXAMPLES) and len(examples) > 1, "they differ from document to document"
 
 
 def test_whole_texts_are_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
