@@ -18,6 +18,7 @@ from mlra_scale.model.head_chunks import chunks, num_chunks
 
 NO_TARGET = -1
 """Target of a position that is not scored, in `head_scores`."""
+_NO_COLUMN = 2**62
 
 
 def head_loss(
@@ -63,25 +64,23 @@ def head_scores(
     """Scores every target by itself; the arguments are those of `head_loss`, and targets may be NO_TARGET.
 
     Returns:
-        The cross-entropy of each target in nats, fp32 [B, S], and whether it is the most likely token, bool [B, S]; 0
-        and True without a target. Both are equal on all tensor-parallel ranks.
+        The cross-entropy of each target in nats, fp32 [B, S], and whether it is the most likely token, of equal ones
+        the first as of argmax, bool [B, S]; 0 and True without a target. Both are equal on all tensor-parallel ranks.
     """
     head = _Head(weight_VD, bias_V, context.tensor_group, 0.0)
     hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
     losses_T = torch.empty(targets_T.shape, dtype=torch.float32, device=targets_T.device)
-    is_first_T = torch.empty_like(targets_T, dtype=torch.bool)
+    first_T = torch.empty_like(targets_T)
     count = num_chunks(len(targets_T), weight_VD.size(0), weight_VD.device.type, weight_VD.dtype == torch.float16)
     for chunk in chunks(len(targets_T), count):
-        losses_C, exponentials_CV, _, _, columns_C, is_here_C = head.losses(hidden_TD[chunk], targets_T[chunk])
-        # The exponential of the largest logit, less itself, is 1.
-        is_first_C = (exponentials_CV.gather(-1, columns_C.unsqueeze(-1)).squeeze(-1) == 1.0) & is_here_C
-        losses_T[chunk], is_first_T[chunk] = losses_C, is_first_C
+        losses_T[chunk], exponentials_CV, *_ = head.losses(hidden_TD[chunk], targets_T[chunk])
+        # The exponential of the largest logit, less itself, is 1; on a rank without it there is none.
+        values_C, columns_C = exponentials_CV.max(dim=-1)
         del exponentials_CV
+        first_T[chunk] = torch.where(values_C == 1.0, columns_C + head.first_column, _NO_COLUMN)
     if head.group.size() > 1:
-        found_T = is_first_T.float()
-        dist.all_reduce(found_T, op=dist.ReduceOp.MAX, group=head.group)
-        is_first_T = found_T > 0
-    is_left_out_T = targets_T == NO_TARGET
+        dist.all_reduce(first_T, op=dist.ReduceOp.MIN, group=head.group)
+    is_first_T, is_left_out_T = first_T == targets_T, targets_T == NO_TARGET
     losses_T.masked_fill_(is_left_out_T, 0.0)
     return losses_T.view_as(targets_BS), (is_first_T | is_left_out_T).view_as(targets_BS)
 
@@ -93,6 +92,7 @@ class _Head:
         self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, group: dist.ProcessGroup, z_loss: float
     ) -> None:
         self.weight_VD, self.bias_V, self.group, self.z_loss = weight_VD, bias_V, group, z_loss
+        self.first_column = group.rank() * weight_VD.size(0)
 
     def losses(self, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Computes the losses of a chunk.
@@ -103,7 +103,7 @@ class _Head:
         """
         logits_CV = functional.linear(hidden_CD, self.weight_VD, self.bias_V).float()
         largest_C = logits_CV.amax(dim=-1)
-        columns_C = targets_C - self.group.rank() * logits_CV.size(-1)
+        columns_C = targets_C - self.first_column
         is_here_C = (columns_C >= 0) & (columns_C < logits_CV.size(-1))
         columns_C = columns_C.clamp(0, logits_CV.size(-1) - 1)
         if self.group.size() > 1:

@@ -3,12 +3,15 @@
 `pytest tests/distributed/test_layouts.py -m "" -s` prints the numbers.
 """
 
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 
 from mlra_scale.config import Config
 from mlra_scale.model import head_chunks
@@ -261,3 +264,18 @@ def test_evaluation_knows_no_dropout(worker_pool: Pools, layout: Layout) -> None
     config = in_layout(layout, optim__lr=1e-12, **DROPOUT)  # the weights stay what they are
     records, without = trained(worker_pool, config, steps=1)
     np.testing.assert_allclose(records[0].validation, without.losses[:1], rtol=1e-6)
+
+
+def likely_of_equals(rank: int, world_size: int) -> list[bool]:
+    """Scores four tokens of which three are equally likely, with two of them on each of two ranks."""
+    from mlra_scale.model.loss import head_scores
+
+    context: Any = SimpleNamespace(tensor_group=dist.group.WORLD)
+    weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0], [0.5, 1.5]], dtype=torch.bfloat16)  # logits 1, 2, 2, 2
+    hidden, targets = torch.ones(1, 4, 2, dtype=torch.bfloat16), torch.tensor([[0, 1, 2, 3]])
+    found: list[bool] = head_scores(context, hidden, weight.chunk(world_size)[rank], None, targets)[1][0].tolist()
+    return found
+
+
+def test_of_equally_likely_tokens_on_several_ranks_the_first_is_the_most_likely(worker_pool: Pools) -> None:
+    assert worker_pool(2).run(likely_of_equals) == [[False, True, False, False]] * 2

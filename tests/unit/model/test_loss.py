@@ -99,6 +99,14 @@ def test_scores_of_single_targets(chunks: int) -> None:
     assert torch.equal(found_first, is_first | ~is_scored) and found.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equally_likely_tokens_the_first_is_the_most_likely(chunks: int, dtype: torch.dtype) -> None:
+    hidden = torch.ones(1, 4, 2, dtype=dtype)
+    weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0], [0.5, 1.5]], dtype=dtype)  # logits 1, 2, 2, 2
+    _, is_first = loss.head_scores(context_of(0.0), hidden, weight, None, torch.tensor([[0, 1, 2, 3]]))
+    assert is_first.tolist() == [[False, True, False, False]]
+
+
 def test_small_probabilities_do_not_vanish_in_fp16() -> None:
     # Of 4,096 tokens' mean, a probability of 1e-5 has a gradient of 2e-9, which is zero in fp16; times the loss scale
     # it is not.
