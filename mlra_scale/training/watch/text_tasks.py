@@ -7,7 +7,9 @@ likely one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from mlra_scale.parallel import Engine
 
 
+MOST_SECONDS_BETWEEN_SIGNS = 20.0
+_AT_WORK = "at work"
+
+
 class TextTasks:
     """Scores windows by passes of the engine, in any layout; `measure` and `score` are collective.
 
@@ -38,9 +44,11 @@ class TextTasks:
         engine: The model.
         plan: The batch plan.
         tasks: The texts, the same on every rank; the harness, on rank 0.
-        before_pass: Called before every pass.
+        before_pass: Called before every pass, and again and again while the harness works between passes.
         hear_stop: See passes.raise_if_stopped.
         say: Called on rank 0 with a line about a failure.
+        seconds_between_signs: While the harness works, rank 0 tells the others so: a fraction of what a collective may
+            wait, and of what a watchdog does.
     """
 
     def __init__(
@@ -51,9 +59,11 @@ class TextTasks:
         before_pass: Callable[[], None],
         hear_stop: Callable[[], None],
         say: Callable[[str], None],
+        seconds_between_signs: float = MOST_SECONDS_BETWEEN_SIGNS,
     ) -> None:
         self._engine, self._plan, self._tasks = engine, plan, tasks
         self._before_pass, self._hear_stop, self._say = before_pass, hear_stop, say
+        self._seconds_between_signs = seconds_between_signs
 
     def measure(self, has_harness: bool) -> dict[str, Any]:
         """Returns the entries `tasks` (texts) and `harness` of the record, where there are any.
@@ -93,24 +103,36 @@ class TextTasks:
 
     def _run_harness(self) -> dict[str, Any]:
         """Runs the harness on rank 0, for which the other ranks score windows until it has its figures."""
-        topology, failure = self._engine.topology, list[BaseException]()
+        topology, failure, lock = self._engine.topology, list[BaseException](), threading.Lock()
 
-        def exchange(windows: Sequence[Window] | None, figures: dict[str, Any]) -> list[Score]:
-            try:
-                value_of_rank_0((windows, figures), topology)
-                return [] if windows is None else self.score(windows)
-            except BaseException as error:
-                failure.append(error)
-                raise
+        def exchange(windows: Sequence[Window] | str | None, figures: dict[str, Any]) -> list[Score]:
+            with lock:  # two threads of rank 0 come here, and the ranks must stay in step
+                if failure:
+                    raise failure[0]
+                try:
+                    value_of_rank_0((windows, figures), topology)
+                    return [] if windows is None or isinstance(windows, str) else self.score(windows)
+                except BaseException as error:
+                    failure.append(error)
+                    raise
 
         if topology.rank > 0:
             while (received := value_of_rank_0(None, topology))[0] is not None:
-                self.score(received[0])
+                if received[0] == _AT_WORK:
+                    self._before_pass()
+                else:
+                    self.score(received[0])
             return dict(received[1])
+
+        def sign() -> None:
+            self._before_pass()
+            exchange(_AT_WORK, {})
+
         assert self._tasks.harness is not None
         figures: dict[str, Any] = {}
         try:
-            figures = self._tasks.harness.evaluate(lambda windows: exchange(windows, {}))
+            with _repeated(sign, self._seconds_between_signs):
+                figures = self._tasks.harness.evaluate(lambda windows: exchange(windows, {}))
         except EvaluationError as error:
             if failure:  # not of the harness: a stop request, or a rank that is lost
                 raise failure[0] from error
@@ -129,3 +151,23 @@ class TextTasks:
             targets_BS[row, stop - window.num_new : stop] = values[stop + 1 - window.num_new :]
         positions_BS = torch.arange(length).expand(size, length).contiguous()
         return Batch(tokens_BS, targets_BS, positions_BS, torch.zeros_like(tokens_BS), torch.arange(size))
+
+
+@contextmanager
+def _repeated(sign: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Gives a sign from a thread every so many seconds, until one fails: the harness may take minutes."""
+    is_over = threading.Event()
+
+    def run() -> None:
+        # A rank is lost, or asked to stop; this rank's own thread meets the same.
+        with suppress(BaseException):
+            while not is_over.wait(seconds):
+                sign()
+
+    thread = threading.Thread(target=run, name="harness", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

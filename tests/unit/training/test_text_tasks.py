@@ -1,6 +1,7 @@
 """Windows are shared among data ranks: together these score every one once, in any layout of a batch."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,3 +166,65 @@ def test_a_harness_that_fails_costs_its_figures_and_a_stop_within_it_stops() -> 
     with pytest.raises(StopHere):
         stopped.measure(has_harness=True)
     assert said == ["pass"]
+
+
+def test_a_harness_at_work_gives_signs_of_life_and_none_during_or_after_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, sent = OneRank(plan_of(1, 2, 4)), list[Any]()
+    windows = text_of(9).windows
+
+    def send(value: Any, topology: Any) -> Any:
+        assert not is_scoring, "ranks that score do not listen"
+        sent.append(value)
+        return value
+
+    is_scoring = list[bool]()
+    real = engine.eval_batch
+
+    def eval_batch(*given: Any) -> float:
+        is_scoring.append(True)
+        time.sleep(0.05)
+        is_scoring.clear()
+        return real(*given)
+
+    def evaluate(score: ScoreWindows) -> dict[str, dict[str, float]]:
+        deadline = time.monotonic() + 10.0
+        while len(sent) < 3 and time.monotonic() < deadline:  # contexts are built
+            time.sleep(0.01)
+        score(windows)
+        return {"choose": {"acc": 0.5}}
+
+    monkeypatch.setattr(text_tasks, "value_of_rank_0", send)
+    monkeypatch.setattr(engine, "eval_batch", eval_batch)
+    said = list[str]()
+    tasks = TextTasks(
+        engine, engine.plan, Tasks([], harness_of(evaluate)), lambda: said.append("sign"), lambda: None, print, 0.01
+    )
+    assert tasks.measure(has_harness=True) == {"harness": {"choose": {"acc": 0.5}}}
+    signs = [value for value in sent if value == (text_tasks._AT_WORK, {})]
+    assert len(signs) >= 3 and len(said) >= len(signs)
+    assert [value for value in sent if value not in signs] == [(windows, {}), (None, {"choose": {"acc": 0.5}})]
+    num_sent = len(sent)
+    time.sleep(0.05)
+    assert len(sent) == num_sent
+
+
+def test_a_rank_that_is_lost_while_the_harness_works_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_sent = 0
+
+    def send(value: Any, topology: Any) -> Any:
+        nonlocal num_sent
+        num_sent += 1
+        raise StopHere
+
+    def evaluate(score: ScoreWindows) -> dict[str, dict[str, float]]:
+        deadline = time.monotonic() + 10.0
+        while num_sent == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return {"choose": {"acc": 0.5}}
+
+    monkeypatch.setattr(text_tasks, "value_of_rank_0", send)
+    engine: Any = OneRank(plan_of(1, 2, 4))
+    tasks = TextTasks(engine, engine.plan, Tasks([], harness_of(evaluate)), lambda: None, lambda: None, print, 0.01)
+    with pytest.raises(StopHere):
+        tasks.measure(has_harness=True)
+    assert num_sent == 1
