@@ -141,8 +141,8 @@ class EvaluationConfig(Section):
     """Global batches per evaluation."""
     tasks: tuple[Text, ...] = Field((), strict=False)
     """What is measured at every checkpoint (docs/evaluation.md): the perplexity of texts (files, folders, globs,
-    folders made by tools/prepare_data.py, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub),
-    and tasks of lm-evaluation-harness (harness:NAME, or harness:FILE.yaml)."""
+    folders made by tools/prepare_data.py, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub;
+    with a name of yours: NAME=SOURCE), and tasks of lm-evaluation-harness (harness:NAME, or harness:FILE.yaml)."""
     task_stride: int | None = Field(None, ge=1)
     """Distance of the windows of train.sequence_length tokens in which texts are scored; null: half a window."""
     task_tokens: int | None = Field(None, ge=1)

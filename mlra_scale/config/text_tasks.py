@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HUGGING_FACE, HARNESS = "hf:", "harness:"
 
@@ -64,11 +65,19 @@ NAMED_TEXTS = {
 
 
 def text_task(given: str) -> TextTask:
-    """Returns the task that an entry of `evaluation.tasks` stands for; files are named by their names."""
+    """Returns the task that an entry of `evaluation.tasks` stands for.
+
+    It is named as NAME=SOURCE says, or else by its file or folder; a glob by the last part before its wildcards.
+    """
     if given in NAMED_TEXTS:
         return NAMED_TEXTS[given]
-    last = given.removeprefix(HUGGING_FACE).partition("@")[0].rstrip("/").rpartition("/")[2]
-    return TextTask(last.split(".")[0] or given, given)
+    if (chosen := re.fullmatch(r"([\w.-]+)=(.+)", given, re.ASCII)) is not None:
+        return replace(text_task(chosen[2]), name=chosen[1])
+    parts = given.removeprefix(HUGGING_FACE).partition("@")[0].rstrip("/").split("/")
+    stems = [part.split(".")[0] for part in parts]
+    is_wild = [any(wild in stem for wild in "*?[") for stem in stems]
+    last = stems[is_wild.index(True) - 1] if any(is_wild[1:]) and not is_wild[0] else stems[-1]
+    return TextTask(last or given, given)
 
 
 def text_tasks(given: Sequence[str]) -> list[TextTask]:

@@ -342,7 +342,10 @@ def _stability(config: Config, world_size: int) -> Failures:
 def _evaluation(config: Config) -> Failures:
     evaluation, export = config.evaluation, config.export
     if equal := equal_names(evaluation.tasks):
-        yield "evaluation.tasks", f"has two texts of the name {equal[0]}, which the record cannot tell apart"
+        yield (
+            "evaluation.tasks",
+            f"has two texts of the name {equal[0]}, which the record cannot tell apart; name one NAME=SOURCE",
+        )
     if evaluation.task_stride is not None and evaluation.task_stride >= config.train.sequence_length:
         yield (
             "evaluation.task_stride",

@@ -14,6 +14,18 @@ def test_names_of_texts_and_of_files() -> None:
     assert text_task("texts/.hidden").name == "texts/.hidden"
 
 
+def test_globs_and_names_of_ones_own() -> None:
+    assert text_task("texts/wiki/*.jsonl") == TextTask("wiki", "texts/wiki/*.jsonl")
+    assert text_task("texts/*/test.txt").name == text_task("texts/**").name == "texts"
+    assert text_task("*.txt").name == "*"
+    assert text_task("wiki=a/test.txt") == TextTask("wiki", "a/test.txt")
+    assert text_task("mine=hf:me/corpus@v1") == TextTask("mine", "hf:me/corpus@v1")
+    assert text_task("w=lambada").is_last_word and text_task("w=lambada").name == "w"
+    assert text_task("a/b=c.txt") == TextTask("b=c", "a/b=c.txt")
+    assert equal_names(["wiki=wiki/test.txt", "news=news/test.txt", "test.txt"]) == []
+    assert equal_names(["wiki=wiki/test.txt", "wiki.txt"]) == ["wiki"]
+
+
 def test_each_text_has_a_name_of_its_own() -> None:
     assert equal_names([*NAMED_TEXTS, "a.txt", "b.txt"]) == []
     assert equal_names(["a/x.txt", "b/x.jsonl", "ptb", "ptb.txt"]) == ["ptb", "x"]
