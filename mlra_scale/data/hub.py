@@ -8,11 +8,18 @@ import threading
 _SECONDS = 6.0
 
 
+def is_offline() -> bool:
+    """Returns whether HF_HUB_OFFLINE is set: what is in the hub's cache is read, and nothing else."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def unreachable_hub() -> str | None:
     """Returns the hub's address where it does not answer; None also with HF_HUB_OFFLINE, which needs no hub."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         return None
     answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
     # In a thread, because no time limit of a connection covers the look-up of the host's name.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +35,28 @@ def harness_problem(task: str) -> str | None:
     """Returns why a task (a name, or a YAML file) cannot be run, as far as it is seen without loading it."""
     if find_spec("lm_eval") is None:
         return MISSING
-    if task.endswith(_FILES) and not Path(task).is_file():
+    if Path(task).is_file():
+        return None
+    if task.endswith(_FILES):
         return f"{task} does not exist; name a task of lm-evaluation-harness, or the YAML file of one"
-    return None
+    try:
+        known = _manager(True).all_tasks
+    except EvaluationError as error:
+        return str(error)
+    if task in known:
+        return None
+    near = get_close_matches(task, known, n=3)
+    did_you_mean = f" (near it: {', '.join(near)})" if near else ""
+    return f"{task} is no task, group or tag of lm-evaluation-harness{did_you_mean}, and no YAML file of one"
+
+
+@cache
+def _manager(has_defaults: bool) -> Any:
+    """Returns what loads tasks; with those of the harness, for which it reads thousands of files."""
+    with _errors("the tasks of lm-evaluation-harness cannot be listed"):
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_defaults=has_defaults)
 
 
 class Harness:
@@ -53,11 +74,7 @@ class Harness:
     def __init__(self, tasks: Sequence[str], loaded: LoadedTokenizer, length: int) -> None:
         self._loaded, self._length = loaded, length
         with _errors(f"harness tasks {', '.join(tasks)} cannot be loaded"):
-            from lm_eval.tasks import TaskManager
-
-            # To list its own tasks the harness reads thousands of files.
-            manager = TaskManager(include_defaults=not all(task.endswith(_FILES) for task in tasks))
-            self._tasks: Any = manager.load(list(tasks))
+            self._tasks: Any = _manager(not all(Path(task).is_file() for task in tasks)).load(list(tasks))
         for name, task in self._tasks["tasks"].items():
             if task.OUTPUT_TYPE == "generate_until":
                 raise EvaluationError(

@@ -11,8 +11,10 @@ from pathlib import Path
 from mlra_scale.config import Config, Problem
 from mlra_scale.config.text_tasks import HARNESS, TextTask, harness_tasks, text_tasks
 from mlra_scale.data import DataError
+from mlra_scale.data.files import kind_of
+from mlra_scale.data.hub import is_offline
 from mlra_scale.data.manifest import MANIFEST_NAME
-from mlra_scale.data.sources import Source, SourceName, open_sources, texts_of
+from mlra_scale.data.sources import HuggingFace, LocalFiles, Source, SourceName, open_sources, texts_of
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.harness import Harness, harness_problem
@@ -35,12 +37,13 @@ class TaskText:
     counts: Counter[str]
 
 
-def task_problems(config: Config, has_tokenizer: bool) -> list[Problem]:
-    """Finds tasks that cannot be read, without reading them; the hub is not asked.
+def task_problems(config: Config, has_tokenizer: bool, reads_hub_cache: bool = False) -> list[Problem]:
+    """Finds tasks that cannot be read, of which at most a first text is read; the hub is not asked.
 
     Args:
         config: The configuration.
         has_tokenizer: Whether the data, or `data.tokenizer`, name a tokenizer.
+        reads_hub_cache: Whether texts of the hub have to be in its cache here where HF_HUB_OFFLINE is set.
     """
     tasks, problems = config.evaluation.tasks, list[Problem]()
     if tasks and not has_tokenizer:
@@ -49,7 +52,7 @@ def task_problems(config: Config, has_tokenizer: bool) -> list[Problem]:
     for task in text_tasks(tasks):
         if not _is_prepared(task):
             try:
-                _sources(task)
+                _check_first_text(task, reads_hub_cache)
             except DataError as error:
                 problems.append(Problem("evaluation.tasks", task.source, str(error)))
     for name in harness_tasks(tasks):
@@ -147,6 +150,20 @@ def _documents(
 
 def _sources(task: TextTask) -> list[Source]:
     return open_sources([SourceName(task.source, task.field, task.split, task.config_name)])
+
+
+def _check_first_text(task: TextTask, reads_hub_cache: bool) -> None:
+    """Raises DataError where a text is not there, is empty, or has no such field."""
+    for source in _sources(task):
+        if isinstance(source, HuggingFace) and not source.folder.exists():
+            if not (reads_hub_cache and is_offline()):
+                continue
+        elif not isinstance(source, LocalFiles):
+            continue
+        elif any(kind_of(path) == ".txt" and path.stat().st_size for path in source.paths):
+            continue  # it would be read as a whole
+        if not any(text.strip() for text in texts_of(source)):
+            raise DataError(f"{source.name}: there is nothing to score: it holds no text")
 
 
 def _texts(task: TextTask) -> Iterator[str]:

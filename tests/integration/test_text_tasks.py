@@ -116,6 +116,9 @@ def test_a_text_that_cannot_be_read_ends_the_start(tmp_path: Path, texts: dict[s
     missing = start("missing", *SHORT, f"evaluation.tasks=[{tmp_path}/none.txt]", code=2)
     assert "evaluation.tasks" in missing.stderr and "none.txt" in missing.stderr
     (tmp_path / "empty.txt").write_text("")
-    empty = start("empty", *SHORT, f"evaluation.tasks=[{tmp_path}/empty.txt]", num_processes=2, code=2)
-    assert "evaluation.tasks: empty: there is nothing to score" in empty.stderr
+    empty = start("empty", *SHORT, f"evaluation.tasks=[{tmp_path}/empty.txt]", code=2)
+    assert "empty.txt: there is nothing to score" in empty.stderr
+    (tmp_path / "short.txt").write_text("a")
+    short = start("short", *SHORT, f"evaluation.tasks=[{tmp_path}/short.txt]", num_processes=2, code=2)
+    assert "evaluation.tasks: short: there is nothing to score" in short.stderr
     assert not (tmp_path / "empty" / "metrics.jsonl").exists()

@@ -139,9 +139,10 @@ def resolve_run(
     is_continued = store is not None and store.kind == "training"
     data_problems = check_data(config, is_continued, found)
     problems += data_problems
-    if not is_here or Launcher.of(os.environ).rank == 0:  # other nodes need neither the texts nor a network
-        problems += task_problems(config, bool(found.manifests) or config.data.tokenizer is not None)
-        problems += _export_problems(config, request.run) if is_here else []
+    # What is on this machine every rank checks, so that all end alike; rank 0 alone needs a hub, or its cache.
+    is_rank_0_here = is_here and Launcher.of(os.environ).rank == 0
+    problems += task_problems(config, bool(found.manifests) or config.data.tokenizer is not None, is_rank_0_here)
+    problems += _export_problems(config, request.run, is_rank_0_here) if is_here else []
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)
@@ -161,7 +162,7 @@ def resolve_run(
     return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, found)
 
 
-def _export_problems(config: Config, run: RunDirectory | None) -> list[Problem]:
+def _export_problems(config: Config, run: RunDirectory | None, asks_hub: bool) -> list[Problem]:
     """Finds now what would end in no export after the last step."""
     wanted, problems = config.export, list[Problem]()
     if wanted.format is not None and run is not None:
@@ -171,7 +172,7 @@ def _export_problems(config: Config, run: RunDirectory | None) -> list[Problem]:
             check_target(run.exported, is_replacing=True)
         except CheckpointError as error:
             problems.append(Problem("export.format", wanted.format, str(error)))
-    if wanted.repository is not None:
+    if wanted.repository is not None and asks_hub:
         try:
             check_access(wanted.repository)
         except HubError as error:

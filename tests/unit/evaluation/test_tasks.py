@@ -1,7 +1,7 @@
 """The texts of a run: what is read of them, the windows that are scored, and what is refused before anything runs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from mlra_scale.config import Config, load_config, text_tasks
 from mlra_scale.config.text_tasks import TextTask
 from mlra_scale.data import DataError
 from mlra_scale.data.folder import open_prepared
+from mlra_scale.data.sources import HuggingFace
 from mlra_scale.data.tokenizer import save_tokenizer
 from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.perplexity import Window, windows
@@ -138,8 +139,42 @@ def test_problems_are_found_before_anything_is_read(tmp_path: Path, monkeypatch:
     first, second = task_problems(config_of(tasks), has_tokenizer=False)
     assert "name it in data.tokenizer" in first.remedy and second == problem
     assert task_problems(load_config("debug"), has_tokenizer=False) == []
-    (problem,) = task_problems(config_of("harness:arc_easy,harness:none.yaml"), has_tokenizer=True)
+    monkeypatch.setattr("mlra_scale.evaluation.harness.find_spec", lambda name: name)
+    (problem,) = task_problems(config_of("harness:none.yaml"), has_tokenizer=True)
     assert problem.value == "harness:none.yaml" and "does not exist" in problem.remedy
     monkeypatch.setattr("mlra_scale.evaluation.harness.find_spec", lambda name: None)
     (problem,) = task_problems(config_of("harness:arc_easy"), has_tokenizer=True)
     assert "pip install 'mlra-scale[harness]'" in problem.remedy
+
+
+def test_texts_without_content_are_found_before_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    other = lines_file(tmp_path / "other.jsonl", PASSAGES, "other field")
+    blank = lines_file(tmp_path / "blank.jsonl", ["", " "])
+    good = lines_file(tmp_path / "good.jsonl", ["", *PASSAGES])
+    found = task_problems(config_of(f"{tmp_path}/empty.txt,{other},{blank},{good}"), has_tokenizer=True)
+    assert [problem.value for problem in found] == [f"{tmp_path}/empty.txt", other, blank]
+    assert "nothing to score" in found[0].remedy and "other field" in found[1].remedy
+
+
+def test_a_text_of_the_hub_must_be_in_the_cache_where_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def examples(source: HuggingFace) -> Iterator[dict[str, str]]:
+        if "cached" not in source.spec:
+            raise DataError("not in the cache")
+        yield {"text": TEXT}
+
+    monkeypatch.setattr(HuggingFace, "_examples", examples)
+    tasks = config_of("lambada,hf:me/cached")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (problem,) = task_problems(tasks, has_tokenizer=True, reads_hub_cache=True)
+    assert problem.value == "hf:EleutherAI/lambada_openai" and "not in the cache" in problem.remedy
+    assert task_problems(tasks, has_tokenizer=True) == [], "on other nodes"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert task_problems(tasks, has_tokenizer=True, reads_hub_cache=True) == []
+
+
+@pytest.mark.slow
+def test_a_misspelt_task_of_the_harness(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra harness)")
+    (problem,) = task_problems(config_of("harness:arc_easy,harness:arc_eazy"), has_tokenizer=True)
+    assert problem.value == "harness:arc_eazy" and "near it: arc_easy" in problem.remedy

@@ -55,6 +55,26 @@ def test_a_rule_that_matches_nothing_ends_a_start_with_all_else_that_is_wrong(tm
     assert "blocks.9.*" in str(caught.value.problems[1])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_finds_what_is_missing_on_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Ranks that were started by hand would else wait for rank 0 until the process group's time is over."""
+    asked = list[str]()
+    monkeypatch.setattr("mlra_scale.training.start.request.check_access", asked.append)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / "run" / "exported" / "mine").mkdir(parents=True)
+    exported = ["export.format=gpt2", "export.repository=me/model"]
+    overrides = [f"evaluation.tasks=[{tmp_path}/none.txt]", *exported, "data.path=/nowhere"]
+    config, named = load_named_config("debug", overrides=overrides)
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(LaunchRequest(config, named, RunDirectory(tmp_path / "run"), "none", 2))
+    found = {each.field for each in caught.value.problems}
+    assert {"evaluation.tasks", "export.format"} <= found
+    assert asked == (["me/model"] if rank == 0 else [])
+
+
 def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     """The index files are mapped into memory: pickled they would be sent as a whole."""
     run = resolved(Path(shutil.copytree(WRITTEN, tmp_path / "written")), "none")

@@ -169,8 +169,8 @@ def test_a_harness_that_fails_costs_its_figures_and_a_stop_within_it_stops() -> 
 
 
 def test_a_harness_at_work_gives_signs_of_life_and_none_during_or_after_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, sent = OneRank(plan_of(1, 2, 4)), list[Any]()
-    windows = text_of(9).windows
+    engine: Any = OneRank(plan_of(1, 2, 4))
+    windows, sent = text_of(9).windows, list[Any]()
 
     def send(value: Any, topology: Any) -> Any:
         assert not is_scoring, "ranks that score do not listen"
