@@ -1,9 +1,9 @@
 """The entry point: `python -m mlra_scale.train`, or `torchrun --nproc_per_node N -m mlra_scale.train` for N processes.
 
 Every rank finds all bad input on its machine before a process group exists or a file is written, and reports it once.
-What needs the Hugging Face hub or its cache is found by rank 0 alone: ranks that no launcher ends with it wait for it in
-vain, for as long as a process group may take to form. What is found when all data are read, such as a text whose tokens
-the model does not know, ends all ranks together afterwards.
+What needs the Hugging Face hub or its cache is found by rank 0 alone: ranks that no launcher ends with it wait in vain,
+for as long as a process group may take to form. What is found when all of a text is read, such as a token which the
+model does not know, ends all ranks together afterwards.
 """
 
 from __future__ import annotations
