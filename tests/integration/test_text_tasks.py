@@ -1,14 +1,18 @@
 """evaluation.tasks in real runs: the figures are those of other programs on the checkpoint, in every layout."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlra_scale.checkpoint.retention import checkpoint_at
+from mlra_scale.config import batch_plan, load_config
 from tests.support.gpt2_folders import TEXT
 from tests.support.harness_tasks import harness_files
+from tests.support.pool import Pools
 from tests.support.tools import run_tool
 from tests.support.training_runs import Start, curve, metrics
 
@@ -122,3 +126,41 @@ def test_a_text_that_cannot_be_read_ends_the_start(tmp_path: Path, texts: dict[s
     short = start("short", *SHORT, f"evaluation.tasks=[{tmp_path}/short.txt]", num_processes=2, code=2)
     assert "evaluation.tasks: short: there is nothing to score" in short.stderr
     assert not (tmp_path / "empty" / "metrics.jsonl").exists()
+
+
+def slow_harness(rank: int, world_size: int) -> tuple[dict[str, Any], int]:
+    """Evaluates on two ranks with a harness that needs its time between passes; counts this rank's signs of life."""
+    import torch
+    import torch.distributed as dist
+
+    from mlra_scale.evaluation.harness import Score
+    from mlra_scale.evaluation.perplexity import Window
+    from mlra_scale.evaluation.tasks import Tasks
+    from mlra_scale.training.watch.text_tasks import TextTasks
+
+    class Scoring(TextTasks):
+        def score(self, windows: Any) -> list[Score]:
+            found = torch.tensor([float(len(window.tokens)) for window in windows])
+            dist.all_reduce(found)
+            time.sleep(0.1)
+            return [Score(value, True) for value in found.tolist()]
+
+    def evaluate(score: Any) -> dict[str, dict[str, float]]:
+        found = list[float]()
+        for length in (2, 3, 4):
+            time.sleep(0.5)
+            found += [each.negative_log_likelihood for each in score([Window([0] * length, 1)])]
+        time.sleep(0.5)
+        return {"slow": {"sum": sum(found)}}
+
+    harness: Any = SimpleNamespace(evaluate=evaluate) if rank == 0 else None
+    engine: Any = SimpleNamespace(topology=SimpleNamespace(rank=rank, control_group=dist.group.WORLD))
+    signs, plan = list[int](), batch_plan(load_config("debug"), world_size)
+    tasks = Scoring(engine, plan, Tasks([], harness), lambda: signs.append(1), lambda: None, print, 0.02)
+    return tasks.measure(has_harness=True), len(signs)
+
+
+def test_ranks_hear_that_a_slow_harness_is_at_work(worker_pool: Pools) -> None:
+    for found, num_signs in worker_pool(2).run(slow_harness):
+        assert found == {"harness": {"slow": {"sum": 2.0 * (2 + 3 + 4)}}}
+        assert num_signs > 10

@@ -31,7 +31,7 @@ from mlra_scale.training.start.device import resolve_device
 from mlra_scale.training.start.request import LaunchRequest, ResolvedRun
 from mlra_scale.training.watch.passes import DataPasses, StopRequested, raise_if_stopped
 from mlra_scale.training.watch.step_watchers import FiniteCheck, GarbageCollection, StepMetrics, StepProfiler
-from mlra_scale.training.watch.text_tasks import MOST_SECONDS_BETWEEN_SIGNS, TextTasks
+from mlra_scale.training.watch.text_tasks import TextTasks, seconds_between_signs
 
 
 def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchdog: Watchdog) -> Progress:
@@ -71,8 +71,8 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
         garbage,
     ):
         session = Session(run, topology, datasets, guard, report, checkpoints, interruption, watchdog)
-        seconds = min(MOST_SECONDS_BETWEEN_SIGNS, 60.0 * config.parallel.timeout_minutes / 4)
-        tasks = TextTasks(engine, plan, session.read_tasks(), session.note_evaluation, hear_stop, report.say, seconds)
+        read, note, seconds = session.read_tasks(), session.note_evaluation, seconds_between_signs(config)
+        tasks = TextTasks(engine, plan, read, note, hear_stop, report.say, seconds)
         passes = DataPasses(engine, config, plan, datasets.validation, session.read_for_validation, hear_stop, tasks)
         session.begin(tev, passes)
         while session.progress.step < config.train.steps:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mlra_scale.config import BatchPlan
+from mlra_scale.config import BatchPlan, Config
 from mlra_scale.data import Batch
 from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.harness import Score
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
     from mlra_scale.parallel import Engine
 
 
-MOST_SECONDS_BETWEEN_SIGNS = 20.0
+_MOST_SECONDS_BETWEEN_SIGNS = 20.0
 _AT_WORK = "at work"
+
+
+def seconds_between_signs(config: Config) -> float:
+    """Returns half the time without progress after which a job ends as hung, at most 20 s."""
+    minutes = config.cluster.hang_minutes or config.parallel.timeout_minutes / 2
+    return min(_MOST_SECONDS_BETWEEN_SIGNS, 60.0 * minutes / 2)
 
 
 class TextTasks:
@@ -47,8 +53,7 @@ class TextTasks:
         before_pass: Called before every pass, and again and again while the harness works between passes.
         hear_stop: See passes.raise_if_stopped.
         say: Called on rank 0 with a line about a failure.
-        seconds_between_signs: While the harness works, rank 0 tells the others so: a fraction of what a collective may
-            wait, and of what a watchdog does.
+        sign_seconds: While the harness works, rank 0 tells the others so, see `seconds_between_signs`.
     """
 
     def __init__(
@@ -59,11 +64,11 @@ class TextTasks:
         before_pass: Callable[[], None],
         hear_stop: Callable[[], None],
         say: Callable[[str], None],
-        seconds_between_signs: float = MOST_SECONDS_BETWEEN_SIGNS,
+        sign_seconds: float,
     ) -> None:
         self._engine, self._plan, self._tasks = engine, plan, tasks
         self._before_pass, self._hear_stop, self._say = before_pass, hear_stop, say
-        self._seconds_between_signs = seconds_between_signs
+        self._sign_seconds = sign_seconds
 
     def measure(self, has_harness: bool) -> dict[str, Any]:
         """Returns the entries `tasks` (texts) and `harness` of the record, where there are any.
@@ -131,7 +136,7 @@ class TextTasks:
         assert self._tasks.harness is not None
         figures: dict[str, Any] = {}
         try:
-            with _repeated(sign, self._seconds_between_signs):
+            with _repeated(sign, self._sign_seconds):
                 figures = self._tasks.harness.evaluate(lambda windows: exchange(windows, {}))
         except EvaluationError as error:
             if failure:  # not of the harness: a stop request, or a rank that is lost

@@ -43,7 +43,7 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     engine, plan, config = rank.engine, rank.plan, rank.config
     validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])
     gradients = GradientStatistics(engine, config)
-    texts = TextTasks(engine, plan, Tasks(), lambda: None, lambda: None, print)
+    texts = TextTasks(engine, plan, Tasks(), lambda: None, lambda: None, print, 20.0)
     passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None, texts)
     batches, phase = rank.batches(), rank.trace.phase
     step = Step(1, True, 0, batches, 1e-4)

@@ -76,7 +76,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tasks_of(engine: Any, tasks: Tasks, stop: Callable[[], None] = lambda: None) -> tuple[TextTasks, list[str]]:
     said = list[str]()
-    return TextTasks(engine, engine.plan, tasks, lambda: said.append("pass"), stop, said.append), said
+    return TextTasks(engine, engine.plan, tasks, lambda: said.append("pass"), stop, said.append, 60.0), said
 
 
 def plan_of(ranks: int, micro: int, batch: int) -> BatchPlan:
@@ -228,3 +228,10 @@ def test_a_rank_that_is_lost_while_the_harness_works_ends_the_run(monkeypatch: p
     with pytest.raises(StopHere):
         tasks.measure(has_harness=True)
     assert num_sent == 1
+
+
+def test_signs_come_before_a_job_counts_as_hung() -> None:
+    minutes = {"": 20.0, "parallel.timeout_minutes=1": 15.0, "cluster.hang_minutes=0.3": 9.0}
+    for override, seconds in minutes.items():
+        config = load_config("debug", overrides=[override] if override else [])
+        assert text_tasks.seconds_between_signs(config) == pytest.approx(seconds)
