@@ -65,6 +65,8 @@ def build_data_set(
     if progress is not None and (folder / MANIFEST_NAME).is_file():
         return
     folder.mkdir(exist_ok=True)
+    if progress is None:  # a manifest beside new progress would say that the data set is whole
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
     checksum = tokenizer_sha256(tokenizer.tokenizer)
     if progress is None or not _is_saved(folder / TOKENIZER_FOLDER, checksum):
         shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)

@@ -69,7 +69,7 @@ def note_of_kept(output: Path) -> str:
     kept = partial_of(output)
     if not kept.is_dir():
         return "nothing was left behind"
-    return f"what is done so far is kept in {kept}: the same command continues there"
+    return f"what is done so far is kept in {kept}: the same command continues there if the sources are as they were"
 
 
 def _corpora(options: PrepareOptions, sources: Sequence[Source]) -> list[Corpus]:

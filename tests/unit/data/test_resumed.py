@@ -134,7 +134,7 @@ def test_an_error_says_what_is_kept(tmp_path: Path, source: Path, stop: Any) -> 
         with pytest.raises(DataError) as caught:
             prepare(options_of(source, out))
         kept = f"what is done so far is kept in {tmp_path / '.set.partial'}: the same command continues there"
-        assert str(caught.value) == f"{text}; {kept}"
+        assert str(caught.value) == f"{text}; {kept} if the sources are as they were"
 
 
 def touch(source: Path) -> None:
