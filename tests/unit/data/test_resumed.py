@@ -137,6 +137,21 @@ def test_an_error_says_what_is_kept(tmp_path: Path, source: Path, stop: Any) -> 
         assert str(caught.value) == f"{text}; {kept} if the sources are as they were"
 
 
+def test_a_part_that_is_made_again_has_no_manifest_of_before(tmp_path: Path, source: Path, stop: Any) -> None:
+    """A kill between the ends of two parts, and another one in the preparation that follows."""
+    out, kept = tmp_path / "set", tmp_path / ".set.partial"
+    while not (len(list(kept.glob("*/progress.json"))) == 2 and list(kept.glob("*/manifest.json"))):
+        stop(2)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(mixture_of(source, out))
+    (manifest,) = kept.glob("*/manifest.json")
+    (manifest.parent / "progress.json").unlink()
+    stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(mixture_of(source, out))
+    assert kept.is_dir() and not manifest.exists()
+
+
 def touch(source: Path) -> None:
     os.utime(source / "d.jsonl", ns=(0, 0))
 
