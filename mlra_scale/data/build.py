@@ -76,6 +76,7 @@ def build_data_set(
     content = _Building(folder, corpus, tokenizer, options, identity, checksum, progress).run()
     content["sources"] = corpus.entries()
     content["files"] |= {name: FileSum.of(folder / name).model_dump() for name in tokenizer_names(folder)}
+    sync_tree(folder)  # what the manifest says is there, also after a power failure
     write_atomically(folder / MANIFEST_NAME, manifest_text(content))
 
 
@@ -172,6 +173,7 @@ class _Building:
         Progress(
             identity=self._identity,
             tokenizer=self._checksum,
+            end_of_document_token=self._tokenizer.end_of_document_token,
             position=self._position,
             without_tokens=self._without_tokens,
             is_exact=self._is_exact,

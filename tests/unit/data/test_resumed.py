@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -206,3 +207,22 @@ def test_another_tokenizer_of_the_same_name_is_begun_again(
     stop(10**9)
     (manifest,) = prepare(options_of(source, tmp_path / "set", **named))
     assert "the tokenizer is another one" in caplog.text and manifest.tokenizer.vocabulary_size == 290
+
+
+def test_another_end_of_document_is_begun_again(
+    tmp_path: Path, source: Path, stop: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokens are the same, and so is the tokenizer's checksum."""
+    prepare(options_of(source, tmp_path / "first"))
+    folder = tmp_path / "first" / "tokenizer"
+    named: dict[str, Any] = {"train_bpe": None, "tokenizer": [str(folder)]}
+    stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options_of(source, tmp_path / "set", **named))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "a"}))
+    stop(10**9)
+    prepare(options_of(source, tmp_path / "set", **named))
+    assert "the tokenizer is another one" in caplog.text
+    prepare(options_of(source, tmp_path / "whole", **named))
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
