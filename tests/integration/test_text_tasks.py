@@ -148,9 +148,9 @@ def slow_harness(rank: int, world_size: int) -> tuple[dict[str, Any], int]:
     def evaluate(score: Any) -> dict[str, dict[str, float]]:
         found = list[float]()
         for length in (2, 3, 4):
-            time.sleep(0.5)
+            time.sleep(0.2)
             found += [each.negative_log_likelihood for each in score([Window([0] * length, 1)])]
-        time.sleep(0.5)
+        time.sleep(0.2)
         return {"slow": {"sum": sum(found)}}
 
     harness: Any = SimpleNamespace(evaluate=evaluate) if rank == 0 else None
@@ -163,4 +163,4 @@ def slow_harness(rank: int, world_size: int) -> tuple[dict[str, Any], int]:
 def test_ranks_hear_that_a_slow_harness_is_at_work(worker_pool: Pools) -> None:
     for found, num_signs in worker_pool(2).run(slow_harness):
         assert found == {"harness": {"slow": {"sum": 2.0 * (2 + 3 + 4)}}}
-        assert num_signs > 10
+        assert num_signs >= 5
