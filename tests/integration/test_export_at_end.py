@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from mlra_scale.checkpoint.retention import checkpoint_at
 from mlra_scale.training.exit_codes import ExitCode
-from tests.support.hub_server import TOKEN, hub_server
+from tests.support.hub_server import TOKEN, hub_server, use_in_library
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, Start, base_command, events, main_on_rank
 
@@ -82,13 +82,8 @@ def test_what_is_no_export_is_not_replaced_and_found_before_the_first_step(tmp_p
 
 def main_with_hub(rank: int, world_size: int, arguments: tuple[str, ...], url: str, token: str) -> Finished:
     """Runs the command line on a rank whose library takes the stand-in for the hub."""
-    from huggingface_hub import constants
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", url)
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", token)
+        use_in_library(patch, url, token)
         return main_on_rank(rank, world_size, arguments)
 
 

@@ -173,7 +173,7 @@ def _export_problems(config: Config, run: RunDirectory | None) -> list[Problem]:
             problems.append(Problem("export.format", wanted.format, str(error)))
     if wanted.repository is not None:
         try:
-            check_access(wanted.repository)
+            check_access(wanted.repository, wanted.private)
         except HubError as error:
             problems.append(Problem("export.repository", wanted.repository, str(error)))
     return problems
