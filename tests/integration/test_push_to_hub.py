@@ -152,7 +152,7 @@ def test_a_token_or_a_role_that_may_not_write_is_found_first(server: Hub, monkey
     with pytest.raises(HubError, match="the token may only read; log in"):
         check_access("me/small")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE .* is set.*set HF_HUB_OFFLINE=0"):
+    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE .* is set.*set HF_HUB_OFFLINE=0"):
         check_access("me/small")
     assert not server.repositories
 
