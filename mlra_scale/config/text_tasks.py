@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 HUGGING_FACE, HARNESS = "hf:", "harness:"
+_NAME_ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,22 @@ class TextTask:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether it is a data set of the Hugging Face hub, which has splits."""
-        return self.source.startswith(HUGGING_FACE)
+        """Whether it is a data set of the Hugging Face hub; "hf:FOLDER" is local."""
+        return name_on_hub(self.source) is not None
 
     @property
     def data_set(self) -> str:
         """The data set on the hub, without revision; of local text the name of the task: folders are private."""
-        return self.source.removeprefix(HUGGING_FACE).partition("@")[0] if self.is_on_hub else self.name
+        return name_on_hub(self.source) or self.name
+
+
+def name_on_hub(source: str) -> str | None:
+    """Returns the NAME or OWNER/NAME of a data set of the hub, without revision; None for local text."""
+    spec = source.removeprefix(HUGGING_FACE)
+    name = spec.partition("@")[0]
+    # A folder that exists is what is read (data/sources.py).
+    is_on_hub = source.startswith(HUGGING_FACE) and _NAME_ON_HUB.fullmatch(name) and not Path(spec).exists()
+    return name if is_on_hub else None
 
 
 _WIKITEXT = "hf:EleutherAI/wikitext_document_level"
@@ -64,11 +76,11 @@ NAMED_TEXTS = {
 
 
 def text_task(given: str) -> TextTask:
-    """Returns the task that an entry of `evaluation.tasks` stands for; files are named by their names."""
+    """Returns the task that an entry of `evaluation.tasks` stands for; files are named without their folders."""
     if given in NAMED_TEXTS:
         return NAMED_TEXTS[given]
-    last = given.removeprefix(HUGGING_FACE).partition("@")[0].rstrip("/").rpartition("/")[2]
-    return TextTask(last.split(".")[0] or given, given)
+    last = (name_on_hub(given) or given.removeprefix(HUGGING_FACE)).rstrip("/").rpartition("/")[2]
+    return TextTask(last.strip(".").split(".")[0] or "text", given)
 
 
 def text_tasks(given: Sequence[str]) -> list[TextTask]:
