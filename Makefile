@@ -69,6 +69,9 @@ export SAMPLE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
+# Nothing is uploaded unasked.
+quickstart study: export WANDB_MODE ?= offline
+
 quickstart:
 	@$(INSTALL) --extra report
 	installed=$$SECONDS

@@ -65,6 +65,8 @@ def build_data_set(
     if progress is not None and (folder / MANIFEST_NAME).is_file():
         return
     folder.mkdir(exist_ok=True)
+    if progress is None:  # a manifest beside new progress would say that the data set is whole
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
     checksum = tokenizer_sha256(tokenizer.tokenizer)
     if progress is None or not _is_saved(folder / TOKENIZER_FOLDER, checksum):
         shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
@@ -74,6 +76,7 @@ def build_data_set(
     content = _Building(folder, corpus, tokenizer, options, identity, checksum, progress).run()
     content["sources"] = corpus.entries()
     content["files"] |= {name: FileSum.of(folder / name).model_dump() for name in tokenizer_names(folder)}
+    sync_tree(folder)  # what the manifest says is there, also after a power failure
     write_atomically(folder / MANIFEST_NAME, manifest_text(content))
 
 
@@ -170,6 +173,7 @@ class _Building:
         Progress(
             identity=self._identity,
             tokenizer=self._checksum,
+            end_of_document_token=self._tokenizer.end_of_document_token,
             position=self._position,
             without_tokens=self._without_tokens,
             is_exact=self._is_exact,

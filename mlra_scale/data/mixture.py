@@ -102,7 +102,15 @@ def mixture_text(output: Path, components: Sequence[Component], vocabulary_size:
 
 
 def data_sets_in(folder: Path) -> list[Path]:
-    """Returns the prepared folders of a mixture, or the folder itself."""
-    if not (folder / MIXTURE_NAME).is_file():
+    """Returns the prepared folders of a mixture, which may have been moved as a whole, or the folder itself.
+
+    Raises:
+        DataError: The mixture's configuration is damaged.
+    """
+    path = folder / MIXTURE_NAME
+    if not path.is_file():
         return [folder]
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        return [folder / Path(name).name for name in yaml_text.load(path.read_text(encoding="utf-8"))["data"]["blend"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} is damaged: {error}; prepare the mixture again") from error

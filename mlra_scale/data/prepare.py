@@ -69,7 +69,7 @@ def note_of_kept(output: Path) -> str:
     kept = partial_of(output)
     if not kept.is_dir():
         return "nothing was left behind"
-    return f"what is done so far is kept in {kept}: the same command continues there"
+    return f"what is done so far is kept in {kept}: the same command continues there if the sources are as they were"
 
 
 def _corpora(options: PrepareOptions, sources: Sequence[Source]) -> list[Corpus]:
@@ -81,8 +81,9 @@ def _corpora(options: PrepareOptions, sources: Sequence[Source]) -> list[Corpus]
 def _build(folder: Path, corpora: Sequence[Corpus], options: PrepareOptions, identity: str) -> None:
     folders = [folder / component.name for component in options.components]
     tokenizer = _tokenizer(corpora, options, folders[0])
-    checksum = tokenizer_sha256(tokenizer.tokenizer)
-    if any(progress.tokenizer != checksum for progress in map(read_progress, folders) if progress is not None):
+    now = (tokenizer_sha256(tokenizer.tokenizer), tokenizer.end_of_document_token)
+    begun = [progress for progress in map(read_progress, folders) if progress is not None]
+    if any((progress.tokenizer, progress.end_of_document_token) != now for progress in begun):
         _logger.warning("the tokenizer is another one than that of the interrupted preparation; starting over")
         empty(folder)
     for each, corpus in zip(folders, corpora, strict=True):
@@ -90,7 +91,7 @@ def _build(folder: Path, corpora: Sequence[Corpus], options: PrepareOptions, ide
     if options.is_mixture:
         text = mixture_text(options.output, options.components, tokenizer.vocabulary_size)
         (folder / MIXTURE_NAME).write_text(text, encoding="utf-8")
-    sync_tree(folder)  # it takes long for much data, and a kill meanwhile shall lose none of them
+    sync_tree(folder)
     for each in folders:
         remove_progress(each)
 

@@ -29,6 +29,7 @@ class Progress(BaseModel):
     Attributes:
         identity: Hash of all that decides the result: options, inputs, versions.
         tokenizer: Its checksum.
+        end_of_document_token: Its token behind each document.
         position: The last portion of which all documents are written; text_bytes are those of the documents.
         without_tokens: Documents of which the tokenizer makes no token.
         is_exact: Whether decoding gives back the first documents.
@@ -40,6 +41,7 @@ class Progress(BaseModel):
 
     identity: str
     tokenizer: str
+    end_of_document_token: int
     position: Position
     without_tokens: int
     is_exact: bool

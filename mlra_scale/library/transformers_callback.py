@@ -47,6 +47,12 @@ class TevCallback(TrainerCallback):
         if is_due(state.global_step, self._every, state.max_steps):
             self._measure(state, control)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.history[-1][0] != state.global_step:  # it was stopped early
+            self._measure(state, control)
+
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         statistics = tev(self._trainer.model, embedding=self._embedding, num_tokens=self._num_tokens)
         self.history.append((state.global_step, statistics))

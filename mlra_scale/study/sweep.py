@@ -308,9 +308,11 @@ def _gpus() -> list[str]:
 def _environment(slot: int, ranks: int, gpus: Sequence[str]) -> dict[str, str]:
     """Returns the environment of a cell: one thread per process, this very code, GPUs of its own if there are enough.
 
+    Runs are uploaded to wandb only where the study (`wandb.mode`) or the environment (`WANDB_MODE`) asks for it.
     Each running cell has a slot of its own. If there are fewer GPUs than two cells have ranks, all cells share them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("WANDB_MODE", "offline")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if len(gpus) >= 2 * ranks:
         first = slot * ranks % (len(gpus) - len(gpus) % ranks)

@@ -116,7 +116,8 @@ class Session:
             amend = partial(self.report.amend, self.progress, measured.values)
             on_rank_0(amend, self.topology, step, ExitCode.CHECKPOINT_FAILED)
             if step >= self.run.config.train.steps:
-                self.checkpoints.save(self.progress, self.learning_rate, measured.values, is_last=True)
+                values = {**self.run.resume.measured, **measured.values}
+                self.checkpoints.save(self.progress, self.learning_rate, values, is_last=True)
         return measured
 
     def read(self, read: Read) -> list[Batch]:

@@ -50,6 +50,9 @@ from mlra_scale.training.start.resume_choice import (
     read_progress,
 )
 
+_MEASURED = ("validation_loss", "tasks", "harness")
+"""Of a checkpoint: what an export tells of it."""
+
 
 @dataclass(frozen=True)
 class LaunchRequest:
@@ -235,6 +238,7 @@ def _continued(
             rollbacks=rollbacks,
             is_good_step_lost=_is_good_step_lost(request.run, store),
             left_out=tuple(map(str, left_out)) if isinstance(left_out, list) else (),
+            measured={name: store.state[name] for name in _MEASURED if store.state.get(name) is not None},
         )
     if (was := store.manifest.layout["world_size"]) != request.world_size:
         changes.append(Change("number of ranks", was, request.world_size))

@@ -185,6 +185,7 @@ class ResumePoint:
         rollbacks: Of the guard, the oldest first.
         is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or cannot be opened.
         left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
+        measured: What was measured before that stop and is in the checkpoint, for the one that is saved in its place.
         notices: Lines about the checkpoint's format and about moments that begin anew.
         adam_begun_at: After how many updates of the run AdamW of a parameter began, where that was not with the run.
     """
@@ -200,6 +201,7 @@ class ResumePoint:
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
     left_out: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     adam_begun_at: Mapping[str, int] = field(default_factory=dict)
 

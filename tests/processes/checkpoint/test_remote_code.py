@@ -67,9 +67,8 @@ def _environment(tmp_path: Path) -> dict[str, str]:
 def test_the_tokenizer_asks_for_no_code_on_a_terminal(tmp_path: Path) -> None:
     """As the model card has it; without the argument transformers 5 asks, since config.json names code."""
     export_checkpoint(checkpoint(tmp_path / "checkpoint"), tmp_path / "out", ExportOptions("mlra"), None)
-    assert (
-        "AutoTokenizer.from_pretrained(folder, trust_remote_code=False)" in (tmp_path / "out" / "README.md").read_text()
-    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoTokenizer.from_pretrained(name, trust_remote_code=False)" in card
     code = (
         "import sys\n"
         "from transformers import AutoTokenizer\n"

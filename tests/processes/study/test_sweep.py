@@ -344,7 +344,7 @@ def test_only_what_a_terminal_sends_stays_ignored(number: signal.Signals, is_hea
         signal.signal(number, before)
 
 
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(slot: int, ranks: int, gpus: list[str]) -> str | None:
         return sweep_module._environment(slot, ranks, gpus).get("CUDA_VISIBLE_DEVICES")
 
@@ -354,6 +354,10 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [given(slot, 2, ["0", "1", "2", "3", "4"]) for slot in range(3)] == ["0,1", "2,3", "0,1"]
     assert given(1, 1, ["0"]) is None and given(1, 2, ["0", "1", "2"]) is None and given(0, 1, []) is None
     assert sweep_module._environment(0, 1, [])["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert sweep_module._environment(0, 1, [])["WANDB_MODE"] == "online"
+    monkeypatch.delenv("WANDB_MODE")
+    assert sweep_module._environment(0, 1, [])["WANDB_MODE"] == "offline", "a grid is not uploaded unasked"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     assert sweep_module._gpus() == ["GPU-a", "GPU-b"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,12 @@ def test_a_mixture_is_prepared_and_trains_as_written(tmp_path: Path, capsys: pyt
     flip(out / "code" / "train.bin", 10, 1)
     assert COMMAND.main(["--verify", str(out)]) == 2
     assert f"{out / 'code' / 'train.bin'} is damaged" in capsys.readouterr().err
+    shutil.rmtree(out / "code")
+    assert COMMAND.main(["--verify", str(out)]) == 2
+    assert str(out / "code") in capsys.readouterr().err
+    (out / "mixture.yaml").write_text("data: {}")
+    assert COMMAND.main(["--verify", str(out)]) == 2
+    assert f"{out / 'mixture.yaml'} is damaged" in capsys.readouterr().err
 
 
 def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

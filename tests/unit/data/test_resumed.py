@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -134,7 +135,22 @@ def test_an_error_says_what_is_kept(tmp_path: Path, source: Path, stop: Any) -> 
         with pytest.raises(DataError) as caught:
             prepare(options_of(source, out))
         kept = f"what is done so far is kept in {tmp_path / '.set.partial'}: the same command continues there"
-        assert str(caught.value) == f"{text}; {kept}"
+        assert str(caught.value) == f"{text}; {kept} if the sources are as they were"
+
+
+def test_a_part_that_is_made_again_has_no_manifest_of_before(tmp_path: Path, source: Path, stop: Any) -> None:
+    """A kill between the ends of two parts, and another one in the preparation that follows."""
+    out, kept = tmp_path / "set", tmp_path / ".set.partial"
+    while not (len(list(kept.glob("*/progress.json"))) == 2 and list(kept.glob("*/manifest.json"))):
+        stop(2)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(mixture_of(source, out))
+    (manifest,) = kept.glob("*/manifest.json")
+    (manifest.parent / "progress.json").unlink()
+    stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(mixture_of(source, out))
+    assert kept.is_dir() and not manifest.exists()
 
 
 def touch(source: Path) -> None:
@@ -191,3 +207,22 @@ def test_another_tokenizer_of_the_same_name_is_begun_again(
     stop(10**9)
     (manifest,) = prepare(options_of(source, tmp_path / "set", **named))
     assert "the tokenizer is another one" in caplog.text and manifest.tokenizer.vocabulary_size == 290
+
+
+def test_another_end_of_document_is_begun_again(
+    tmp_path: Path, source: Path, stop: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokens are the same, and so is the tokenizer's checksum."""
+    prepare(options_of(source, tmp_path / "first"))
+    folder = tmp_path / "first" / "tokenizer"
+    named: dict[str, Any] = {"train_bpe": None, "tokenizer": [str(folder)]}
+    stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options_of(source, tmp_path / "set", **named))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "a"}))
+    stop(10**9)
+    prepare(options_of(source, tmp_path / "set", **named))
+    assert "the tokenizer is another one" in caplog.text
+    prepare(options_of(source, tmp_path / "whole", **named))
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
