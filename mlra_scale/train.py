@@ -165,7 +165,9 @@ def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: 
         if rank == 0 and choose_checkpoint(directory, request.resume).checkpoint != run.resume.checkpoint:
             # Changed between the check and the lock.
             raise ConfigError([Problem("--run-dir", str(directory.path), "another run has just used it; look again")])
-        if run.is_done and not run.is_export_due:
+        # Whether an export is due stands in the run directory, which ranks may see differently: several agree on it.
+        is_known = run.config.export.format is None or request.world_size == 1
+        if run.is_done and not run.is_export_due and is_known:
             if rank == 0:
                 report_nothing_to_do(run)
             return ExitCode.DONE

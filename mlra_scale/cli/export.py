@@ -42,7 +42,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", metavar="NAME", nargs="+", default=[], help="the hub's data sets of the training, in the card")
     add("--repo-name", metavar="NAME", help="what the card loads the model by (default: that of --push-to-hub)")
     add("--push-to-hub", metavar="OWNER/NAME", help="push the verified export to this repository, made if need be")
-    add("--private", action="store_true", help="make the repository private, where it does not exist yet")
+    add("--private", action="store_true", help="make the repository private; one that exists must be private")
 
 
 def _size(text: str) -> int:
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.private and repository is None:
         raise InputError("--private is for a repository that is pushed to; name it with --push-to-hub")
     if repository is not None:
-        hub.check_access(repository)
+        hub.check_access(repository, options.private)
     card = CardDetails(
         repository=options.repo_name or repository,
         license=options.license,

@@ -186,7 +186,7 @@ def _take_events(run: RunRow, events: Sequence[Record], directory: RunDirectory)
         started = starts[-1].get("time")
         run.ranks, run.started = _whole(starts[-1].get("world_size")), started if isinstance(started, str) else None
         run.restarts = len(starts) - 1
-    errors = [event for event in events if event.get("event") in ("stopped", "failed")]
+    errors = [event for event in events if event.get("event") in ("stopped", "failed", "export_failed")]
     if errors:
         run.last_error = str(errors[-1].get("reason") or errors[-1]["event"])
     end = last_start_or_end(events).get("event", "start")

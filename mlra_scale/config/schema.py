@@ -176,7 +176,7 @@ class ExportConfig(Section):
     repository: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Repository of the Hugging Face hub, OWNER/NAME, that the verified export is pushed to; null: none."""
     private: bool = False
-    """Make the repository private, where it does not exist yet."""
+    """Make the repository private; one that exists must be private."""
     license: Text | None = None
     """License in the model card, as the hub names it (apache-2.0, cc-by-4.0, ...); null: the card names none."""
     languages: tuple[Text, ...] = Field((), strict=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 HUGGING_FACE, HARNESS = "hf:", "harness:"
+_NAME_ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,22 @@ class TextTask:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether it is a data set of the Hugging Face hub, which has splits."""
-        return self.source.startswith(HUGGING_FACE)
+        """Whether it is a data set of the Hugging Face hub; "hf:FOLDER" is local."""
+        return name_on_hub(self.source) is not None
 
     @property
     def data_set(self) -> str:
         """The data set on the hub, without revision; of local text the name of the task: folders are private."""
-        return self.source.removeprefix(HUGGING_FACE).partition("@")[0] if self.is_on_hub else self.name
+        return name_on_hub(self.source) or self.name
+
+
+def name_on_hub(source: str) -> str | None:
+    """Returns the NAME or OWNER/NAME of a data set of the hub, without revision; None for local text."""
+    spec = source.removeprefix(HUGGING_FACE)
+    name = spec.partition("@")[0]
+    # A folder that exists is what is read (data/sources.py).
+    is_on_hub = source.startswith(HUGGING_FACE) and _NAME_ON_HUB.fullmatch(name) and not Path(spec).exists()
+    return name if is_on_hub else None
 
 
 _WIKITEXT = "hf:EleutherAI/wikitext_document_level"
@@ -73,11 +84,11 @@ def text_task(given: str) -> TextTask:
         return NAMED_TEXTS[given]
     if (chosen := re.fullmatch(r"([\w.-]+)=(.+)", given, re.ASCII)) is not None:
         return replace(text_task(chosen[2]), name=chosen[1])
-    parts = given.removeprefix(HUGGING_FACE).partition("@")[0].rstrip("/").split("/")
-    stems = [part.split(".")[0] for part in parts]
+    parts = (name_on_hub(given) or given.removeprefix(HUGGING_FACE)).rstrip("/").split("/")
+    stems = [part.strip(".").split(".")[0] for part in parts]
     is_wild = [any(wild in stem for wild in "*?[") for stem in stems]
     last = stems[is_wild.index(True) - 1] if any(is_wild[1:]) and not is_wild[0] else stems[-1]
-    return TextTask(last or given, given)
+    return TextTask(last or "text", given)
 
 
 def text_tasks(given: Sequence[str]) -> list[TextTask]:

@@ -216,6 +216,12 @@ def cells_of(study: Study) -> list[Cell]:
         try:
             config = load_config(study.preset, overrides=overrides)
             validate(config, study.ranks)
+            if config.export.format is not None:
+                remedy = (
+                    "is not for studies, whose cells are over, and their checkpoints gone, whatever an export did; "
+                )
+                remedy += "leave it out, set checkpoints: keep and use `mlra-scale export` on the runs that you choose"
+                found.append(Problem("export.format", config.export.format, remedy))
             cells.append(Cell(index, name, variant, axes, seed, overrides, config))
         except ConfigError as error:
             found += error.problems

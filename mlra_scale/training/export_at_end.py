@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mlra_scale.checkpoint import Store
 from mlra_scale.checkpoint.huggingface.card import CardDetails
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
+from mlra_scale.checkpoint.retention import checkpoint_at
 from mlra_scale.config import ExportConfig
 from mlra_scale.console import InputError
 from mlra_scale.parallel import Topology
@@ -21,10 +26,12 @@ from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption, Watchdog
 from mlra_scale.training.record import EventLog
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.start.request import ResolvedRun
+from mlra_scale.training.start.request import ResolvedRun, exported_as
 
 _AT_WORK = -1
 _MOST_SECONDS_BETWEEN_SIGNS = 20.0
+_SECONDS_OF_A_PUSH, _SLOWEST_BYTES_PER_SECOND = 900.0, 500_000
+"""A push that takes longer than this hangs; the hub's library has no time-out."""
 
 
 def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interruption, watchdog: Watchdog) -> ExitCode:
@@ -36,7 +43,7 @@ def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interrupti
         DONE or EXPORT_FAILED, the same on every rank.
     """
     # A signal ends the processes during an export; the next start makes it.
-    left = "all steps are done and saved; --resume auto makes the export, which was stopped"
+    left = "all steps are done and saved; --resume auto makes the export, or the push, which was stopped"
     interruption.limit(EXPENDABLE_SECONDS, left, ExitCode.PREEMPTED)
 
     def exchange(state: int) -> int:
@@ -49,8 +56,8 @@ def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interrupti
     # A quarter of what a collective may wait, and half of what a watchdog does.
     seconds = min(_MOST_SECONDS_BETWEEN_SIGNS, 60.0 * run.config.parallel.timeout_minutes / 4)
     if topology.rank == 0:
-        with _repeated(lambda: exchange(_AT_WORK), seconds):
-            state = int(_export(run.config.export, run.directory))
+        with _Signs(lambda: exchange(_AT_WORK), seconds) as signs:
+            state = int(_export(run.config.export, run.directory, signs.limit))
         exchange(state)
     else:
         while (state := exchange(_AT_WORK)) == _AT_WORK:
@@ -58,47 +65,79 @@ def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interrupti
     return ExitCode(state)
 
 
-def _export(wanted: ExportConfig, directory: RunDirectory) -> ExitCode:
-    events = EventLog(directory.events)
+def _export(wanted: ExportConfig, directory: RunDirectory, limit: Callable[[float], None]) -> ExitCode:
     try:
-        url = _export_and_push(wanted, directory.path, directory.exported)
-    except (InputError, VerificationError, OSError) as error:
-        print(f"export failed: {error}\n  the run is complete; export it with tools/export_hf.py", flush=True)
-        events.event("export_failed", reason=str(error))
+        save_id, url = _export_and_push(wanted, directory, limit)
+        _record(directory, "exported", path=str(directory.exported), repository=url, **exported_as(wanted, save_id))
+    except Exception as error:  # whatever it is, the run is complete, and all ranks end with one exit code
+        if not isinstance(error, InputError | VerificationError | OSError):
+            traceback.print_exc()
+        remedy = "the run is complete, and --resume auto makes the export again"
+        if not isinstance(error, hub.HubError):  # whose message has its own remedy: the folder is there
+            remedy += f"; so does `mlra-scale export {directory.path} FOLDER`"
+        reason = str(error) or type(error).__name__
+        print(f"export failed: {reason}\n  {remedy}", flush=True)
+        with contextlib.suppress(OSError):
+            _record(directory, "export_failed", reason=reason)
         return ExitCode.EXPORT_FAILED
-    else:
-        events.event("exported", path=str(directory.exported), repository=url)
-        return ExitCode.DONE
-    finally:
-        events.close()
+    return ExitCode.DONE
 
 
-def _export_and_push(wanted: ExportConfig, run: Path, target: Path) -> str | None:
-    """Exports, and pushes where a repository is named, whose address is returned."""
+def _record(directory: RunDirectory, event: str, **values: Any) -> None:
+    with contextlib.closing(EventLog(directory.events)) as events:
+        events.event(event, **values)
+
+
+def _export_and_push(
+    wanted: ExportConfig, directory: RunDirectory, limit: Callable[[float], None]
+) -> tuple[str, str | None]:
+    """Exports the newest checkpoint, and pushes it where a repository is named.
+
+    Returns:
+        Which checkpoint it was (save_id), and the address of the repository.
+    """
     assert wanted.format is not None
 
     def say(line: str) -> None:
         print(f"export: {line}", flush=True)
 
     card = CardDetails(wanted.repository, wanted.license, wanted.languages, wanted.datasets)
-    export(ExportRequest(run, target, wanted.format, wanted.dtype, is_replacing=True, card=card), say)
-    return None if wanted.repository is None else hub.push(target, wanted.repository, wanted.private, say)
+    checkpoint, target = checkpoint_at(directory.path), directory.exported
+    save_id = Store.open(checkpoint).manifest.save_id
+    export(ExportRequest(checkpoint, target, wanted.format, wanted.dtype, is_replacing=True, card=card), say)
+    if wanted.repository is None:
+        return save_id, None
+    size = sum(file.stat().st_size for file in target.iterdir())
+    limit(_SECONDS_OF_A_PUSH + size / _SLOWEST_BYTES_PER_SECOND)
+    return save_id, hub.push(target, wanted.repository, wanted.private, say)
 
 
-@contextmanager
-def _repeated(sign: Callable[[], int], seconds: float) -> Iterator[None]:
-    """Gives a sign from a thread, at once and every so many seconds: an export may take minutes."""
-    is_over = threading.Event()
+class _Signs:
+    """Gives a sign from a thread, at once and every so many seconds, until the block ends: an export takes minutes.
 
-    def run() -> None:
-        sign()
-        while not is_over.wait(seconds):
-            sign()
+    Where it takes longer than a limit it hangs: without signs the watchdog and the other ranks' time-out end the run.
+    """
 
-    thread = threading.Thread(target=run, name="export", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    def __init__(self, sign: Callable[[], object], seconds: float) -> None:
+        self._sign, self._seconds, self._is_over, self._end = sign, seconds, threading.Event(), math.inf
+        self._thread = threading.Thread(target=self._run, name="export", daemon=True)
+
+    def limit(self, seconds: float) -> None:
+        """Sets how long signs are given from now on."""
+        self._end = time.monotonic() + seconds
+
+    def _run(self) -> None:
+        self._sign()
+        while not self._is_over.wait(self._seconds):
+            if time.monotonic() > self._end:
+                print("export: the push hangs: this start is given up; --resume auto repeats it", flush=True)
+                return
+            self._sign()
+
+    def __enter__(self) -> _Signs:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()

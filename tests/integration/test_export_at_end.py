@@ -1,6 +1,8 @@
 """export.format: a run ends with a verified export of its last checkpoint, in any layout and at whatever start."""
 
+import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
+from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.checkpoint.retention import checkpoint_at
 from mlra_scale.training.exit_codes import ExitCode
-from tests.support.hub_server import TOKEN, hub_server
+from mlra_scale.training.export_at_end import _Signs
+from tests.support.hub_server import TOKEN, hub_server, use_in_library
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, Start, base_command, events, main_on_rank
 
@@ -45,31 +49,82 @@ def test_a_run_ends_with_an_export(tmp_path: Path, start: Start, number: int, ov
     # A run that continues replaces its export.
     start("run", *SHORT, *overrides, "train.steps=3", "--resume", "auto", num_processes=number)
     assert "optimizer steps | 3 of 3" in (run / "exported" / "README.md").read_text()
+    # Nor is an export of another form taken for the one that is wanted.
+    start("run", "export.dtype=bfloat16", "--resume", "auto", num_processes=number)
+    assert json.loads((run / "exported" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def main_whose_export_differs(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:
+def main_whose_export_differs(
+    rank: int, world_size: int, arguments: tuple[str, ...], kind: type[Exception] = VerificationError
+) -> Finished:
     """Runs the command line on a rank where no export passes its verification."""
-    from mlra_scale.checkpoint.huggingface.verification import VerificationError
     from mlra_scale.publishing import exporting
 
     def fail(*_: Any) -> None:
-        raise VerificationError("its logits are not the trained model's")
+        raise kind("its logits are not the trained model's")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "export_checkpoint", fail)
         return main_on_rank(rank, world_size, arguments)
 
 
+@pytest.mark.parametrize("kind", [VerificationError, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 def test_an_export_that_fails_leaves_a_complete_run(
-    tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool]
+    tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool], kind: type[Exception]
 ) -> None:
     run = tmp_path / "run"
     command = tuple(base_command(run, training_data, *SHORT, "parallel.timeout_minutes=1"))
-    ranks = worker_pool(2).run(main_whose_export_differs, command)
+    ranks = worker_pool(2).run(main_whose_export_differs, command, kind)
     assert [finished.code for finished in ranks] == [ExitCode.EXPORT_FAILED] * 2, "on all ranks alike"
     assert "export failed: its logits are not the trained model's\n  the run is complete" in ranks[0].stdout
     assert [event["event"] for event in events(run)][-2:] == ["finished", "export_failed"]
     assert checkpoint_at(run).name == "step-00000002" and not (run / "exported").exists()
+    assert ("Traceback" in ranks[0].stderr) == (kind is RuntimeError), "of what nobody expected"
+
+
+@pytest.mark.slow
+def test_an_older_export_is_not_taken_for_that_of_the_last_checkpoint(
+    tmp_path: Path, training_data: Path, start: Start, worker_pool: Callable[[int], WorkerPool]
+) -> None:
+    start("run", *SHORT)
+    card = tmp_path / "run" / "exported" / "README.md"
+    command = tuple(base_command(tmp_path / "run", training_data, *SHORT, "train.steps=3", "--resume", "auto"))
+    (failed,) = worker_pool(1).run(main_whose_export_differs, command)
+    assert failed.code == ExitCode.EXPORT_FAILED and "optimizer steps | 2 of 2" in card.read_text()
+    start("run", *SHORT, "train.steps=3", "--resume", "auto")
+    assert "optimizer steps | 3 of 3" in card.read_text()
+
+
+def main_that_sees_another_directory(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:
+    """Runs the command line on ranks of which all but the first take the export for made."""
+    from mlra_scale.training.start import request
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank > 0:
+            patch.setattr(request, "_is_export_due", lambda *_: False)
+        return main_on_rank(rank, world_size, arguments)
+
+
+@pytest.mark.slow
+def test_rank_0_decides_whether_an_export_is_due(
+    tmp_path: Path, training_data: Path, start: Start, worker_pool: Callable[[int], WorkerPool]
+) -> None:
+    start("run", *SHORT, num_processes=2)
+    shutil.rmtree(tmp_path / "run" / "exported")
+    more = ("--resume", "auto", "parallel.timeout_minutes=1")
+    command = tuple(base_command(tmp_path / "run", training_data, *SHORT, *more))
+    ranks = worker_pool(2).run(main_that_sees_another_directory, command)
+    assert [finished.code for finished in ranks] == [0, 0] and (tmp_path / "run" / "exported" / "README.md").is_file()
+
+
+def test_signs_end_where_a_push_hangs(capsys: pytest.CaptureFixture[str]) -> None:
+    given = list[float]()
+    with _Signs(lambda: given.append(time.monotonic()), 0.01) as signs:
+        while len(given) < 3:
+            time.sleep(0.01)
+        signs.limit(0.0)
+        signs._thread.join(timeout=10)
+        assert not signs._thread.is_alive() and "the push hangs" in capsys.readouterr().out
 
 
 def test_what_is_no_export_is_not_replaced_and_found_before_the_first_step(tmp_path: Path, start: Start) -> None:
@@ -82,13 +137,8 @@ def test_what_is_no_export_is_not_replaced_and_found_before_the_first_step(tmp_p
 
 def main_with_hub(rank: int, world_size: int, arguments: tuple[str, ...], url: str, token: str) -> Finished:
     """Runs the command line on a rank whose library takes the stand-in for the hub."""
-    from huggingface_hub import constants
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", url)
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", token)
+        use_in_library(patch, url, token)
         return main_on_rank(rank, world_size, arguments)
 
 
@@ -106,11 +156,18 @@ def test_it_is_pushed_where_a_repository_is_named(
         (failed,) = worker_pool(1).run(main_with_hub, command, server.url, TOKEN)
         assert failed.code == ExitCode.EXPORT_FAILED and f"hf upload me/trained {run}/exported" in failed.stdout
         assert last_event(run)["event"] == "export_failed" and (run / "exported" / "model.safetensors").is_file()
+        assert "mlra-scale export" not in failed.stdout, "the folder is there"
         server.refused.clear()
-        shutil.rmtree(run / "exported")
         (done,) = worker_pool(1).run(main_with_hub, (*command, "--resume", "auto"), server.url, TOKEN)
         assert done.code == ExitCode.DONE, done.stderr
         assert last_event(run)["repository"] == f"{server.url}/me/trained"
         files = server.repositories["me/trained"].files
         assert files["model.safetensors"] == (run / "exported" / "model.safetensors").read_bytes()
         assert 'name = "me/trained"' in files["README.md"].decode()
+        resumed = (*command, "--resume", "auto")
+        # What is done needs no hub; what is wanted otherwise does.
+        (again,) = worker_pool(1).run(main_with_hub, resumed, "http://127.0.0.1:9", TOKEN)
+        assert again.code == ExitCode.DONE and "nothing to do" in again.stdout
+        other = (*resumed, "export.private=true", "export.format=mlra")
+        (refused,) = worker_pool(1).run(main_with_hub, other, server.url, TOKEN)
+        assert refused.code == ExitCode.BAD_INPUT and "me/trained is public" in refused.stderr

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.support.hub_server import TOKEN, Hub, hub_server
+from mlra_scale.publishing.hub import HubError, check_access, push
+from tests.support.hub_server import TOKEN, Hub, Repository, hub_server, use_in_library
 from tests.support.tools import Ran, run_tool
 from tests.support.training_runs import environment
 from tests.unit.checkpoint.huggingface.builders import checkpoint
@@ -33,10 +34,7 @@ print("same")
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The stand-in, which the library in this process takes for the hub."""
     with hub_server() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the hub's newer storage
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        use_in_library(monkeypatch, server.url)
         yield server
 
 
@@ -82,12 +80,81 @@ def test_a_second_push_removes_files_of_the_first_and_no_others(stored: Path, tm
     repository = server.repositories["me/small"]
     shards = {name for name in repository.files if name.startswith("model-")}
     assert len(shards) > 1
-    repository.files["samples.txt"] = b"of the owner"
+    others = dict.fromkeys(
+        ("samples.txt", "inference.py", "scripts/eval.py", "lora/adapter_model.safetensors", "lora/tokenizer.json",
+         "adapter_model.safetensors", "tokenizer_of_mine.json"),
+        b"of the owner",
+    )  # fmt: skip
+    repository.files.update(others)
     result = pushed(stored, tmp_path / "second")
     gone = {*shards, "model.safetensors.index.json", "modeling_mlra.py"}
-    assert not gone & repository.files.keys() and repository.files["samples.txt"] == b"of the owner"
+    assert not gone & repository.files.keys()
+    assert {name: repository.files.get(name) for name in others} == others
     assert all(name in result.stdout for name in gone)
     assert "model.safetensors" in repository.files
+
+
+FOREIGN = [
+    {"README.md": b"# My model\n"},
+    {"README.md": b"# My model\n", "model-00001-of-00002.safetensors": b"mine"},
+    {"model.safetensors": b"mine"},
+]
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_what_is_no_export_is_not_overwritten(
+    stored: Path, tmp_path: Path, server: Hub, files: dict[str, bytes]
+) -> None:
+    server.repositories["me/small"] = Repository(is_private=False)
+    server.repositories["me/small"].files.update(files)
+    result = pushed(stored, tmp_path / "out", code=2)
+    assert f"me/small holds {', '.join(files)}, which are no export of this tool" in result.stderr
+    assert not (tmp_path / "out").exists(), "found before anything is exported"
+    # Whoever comes in between is not overwritten either.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text("exported with mlra-scale")
+    with pytest.raises(HubError, match="no export of this tool"):
+        push(tmp_path / "folder", "me/small", False, print)
+    assert len(server.repositories["me/small"].commits) == 1
+
+
+def test_a_repository_of_other_files_is_pushed_to(tmp_path: Path, server: Hub) -> None:
+    server.repositories["me/small"] = Repository(is_private=True)
+    server.repositories["me/small"].files["run.py"] = b"mine"
+    check_access("small", is_private=True)
+    (tmp_path / "README.md").write_text("exported with mlra-scale")
+    push(tmp_path, "small", True, print)
+    assert server.repositories["me/small"].files.keys() == {".gitattributes", "run.py", "README.md"}
+
+
+def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(stored: Path, tmp_path: Path, server: Hub) -> None:
+    server.repositories["me/small"] = Repository(is_private=False)
+    result = pushed(stored, tmp_path / "out", "--private", code=2)
+    assert "me/small is public, and was to be private" in result.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "README.md").write_text("exported with mlra-scale")
+    with pytest.raises(HubError, match="is public"):
+        push(tmp_path, "me/small", True, print)
+    assert len(server.repositories["me/small"].commits) == 1
+
+
+def test_a_token_or_a_role_that_may_not_write_is_found_first(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.organizations = {"lab": "write", "readers": "read"}
+    for repository in ("me/small", "Me/small", "lab/small", "small"):
+        check_access(repository)
+    with pytest.raises(HubError, match="me may only read in readers"):
+        check_access("readers/small")
+    with pytest.raises(HubError, match="me is no member of others"):
+        check_access("others/small")
+    server.role = "fineGrained"
+    check_access("others/small")
+    server.role = "read"
+    with pytest.raises(HubError, match="the token may only read; log in"):
+        check_access("me/small")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE .* is set.*set HF_HUB_OFFLINE=0"):
+        check_access("me/small")
+    assert not server.repositories
 
 
 def test_without_access_nothing_is_exported(

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+
 TOKEN = "hf_of_the_stand_in"
 LFS_BYTES = 20_000
 """Files from this size on are large ones, as are weights of any size."""
@@ -46,6 +48,8 @@ class Hub:
         requests: Method and path of every request, in order.
         refused: Paths that are answered with a status and a text instead, by a pattern.
         damages: Names of files whose content is stored with one byte changed.
+        role: Of the token.
+        organizations: Of the user, by name: the user's role.
     """
 
     def __init__(self) -> None:
@@ -55,6 +59,8 @@ class Hub:
         self.requests: list[str] = []
         self.refused: dict[str, tuple[int, str]] = {}
         self.damages: set[str] = set()
+        self.role = "write"
+        self.organizations: dict[str, str] = {}
 
 
 def is_large(name: str, size: int) -> bool:
@@ -107,7 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
     def _whoami(self, body: bytes) -> None:
-        self._answer({"type": "user", "name": "me", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
+        organizations = [{"name": name, "roleInOrg": role} for name, role in self.hub.organizations.items()]
+        token = {"role": self.hub.role}
+        self._answer({"type": "user", "name": "me", "auth": {"accessToken": token}, "orgs": organizations})
 
     def _create(self, body: bytes) -> None:
         wanted = json.loads(body)
@@ -149,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "header":
+                assert value.get("parentCommit", repository.head) == repository.head
                 repository.messages.append(value["summary"])
             elif line["key"] == "file":
                 assert value["encoding"] == "base64"
@@ -195,6 +204,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
         sha = repository.head if revision == "main" else revision
         self._answer(body=content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=sha)
+
+
+def use_in_library(patch: Any, url: str, token: str = TOKEN) -> None:
+    """Makes the library of this process take the stand-in for the hub; `patch` is pytest's MonkeyPatch."""
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # the hub's newer storage
+    }.items():
+        patch.setattr(huggingface_hub.constants, name, value)
+    patch.setenv("HF_TOKEN", token)
 
 
 @contextmanager

@@ -191,7 +191,8 @@ def _results(
     loss, data = store.state.get("validation_loss"), _data_names(store.config)
     if loss is not None:
         perplexity = math.exp(loss) if loss < _LARGEST_LOSS else math.inf
-        named: dict[str, Any] = {"type": (*details.datasets, data)[0], "name": data, "split": "validation"}
+        # What was held out of these data: no split that a data set of the hub has.
+        named: dict[str, Any] = {"type": data, "name": data}
         found.append((named, {"perplexity": perplexity}))
     for task, figures in tasks.items():
         split = task.split if task.is_on_hub else None

@@ -13,7 +13,7 @@ from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.inspection import good_step
 from mlra_scale.checkpoint.other_optimizer import adam_begun_at, notice_of_change
 from mlra_scale.checkpoint.retention import checkpoint_name
-from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan
+from mlra_scale.config import BatchPlan, Config, ConfigError, ExportConfig, Named, Problem, batch_plan
 from mlra_scale.data import check_data, identify_data
 from mlra_scale.data.data_sets import FoundData, find_data
 from mlra_scale.evaluation.tasks import task_problems
@@ -86,6 +86,8 @@ class ResolvedRun:
         directory: The run directory.
         resume: Where the run starts.
         layout: How the planner chose the layout; None: there was nothing to choose.
+        is_export_due: Whether this start ends with an export: where one is wanted, after steps, and where all steps
+            are done and this checkpoint was not exported (and pushed) as the configuration says.
         found_data: The data sets as this process found them; not pickled, and so None in what another process sent.
     """
 
@@ -94,6 +96,7 @@ class ResolvedRun:
     directory: RunDirectory
     resume: ResumePoint = field(default_factory=ResumePoint)
     layout: LayoutChoice | None = None
+    is_export_due: bool = False
     found_data: FoundData | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,12 +105,7 @@ class ResolvedRun:
     @property
     def is_done(self) -> bool:
         """Whether the run has done all its steps before this start."""
-        return self.resume.progress.step >= self.config.train.steps and not self.resume.left_out
-
-    @property
-    def is_export_due(self) -> bool:
-        """Whether this start ends with an export; one that finds all steps done makes it where it is missing."""
-        return self.config.export.format is not None and not (self.is_done and self.directory.exported.exists())
+        return _is_done(self.config, self.resume)
 
 
 def resolve_run(
@@ -137,15 +135,17 @@ def resolve_run(
     with _gathering(problems):
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
         validate(config, request.world_size, resolve_device(config))
-    problems += [*check_device(config), *check_tensorboard(config)] if is_here else []
+    problems += check_device(config) if is_here else []
+    if is_here or "MLRA_PYTHON" not in os.environ:  # else the ranks run in a container, whose packages are its own
+        problems += check_tensorboard(config)
     found = find_data(config)
     is_continued = store is not None and store.kind == "training"
     data_problems = check_data(config, is_continued, found)
     problems += data_problems
     # What is on this machine every rank checks, so that all end alike; rank 0 alone needs a hub, or its cache.
-    is_rank_0_here = is_here and Launcher.of(os.environ).rank == 0
-    problems += task_problems(config, bool(found.manifests) or config.data.tokenizer is not None, is_rank_0_here)
-    problems += _export_problems(config, request.run, is_rank_0_here) if is_here else []
+    is_main = not is_here or Launcher.of(os.environ).rank == 0
+    has_tokenizer = bool(found.manifests) or config.data.tokenizer is not None
+    problems += task_problems(config, has_tokenizer, is_here and is_main)
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)
@@ -155,6 +155,9 @@ def resolve_run(
         changes = _changes(compared, config, store)
         with _gathering(problems, request.resume):
             resume = _continued(resume, request, store, changes, None if data_problems else (config, found, named))
+    is_export_due = _is_export_due(config, request.run, resume, store)
+    if is_export_due and request.run is not None:
+        problems += _export_problems(config, request.run, is_main)
     if problems:
         raise ConfigError(problems)
     if store is not None and is_continued:
@@ -162,22 +165,45 @@ def resolve_run(
         notices = (*resume.notices, *_lines(notice_of_change(store, rules)))
         resume = replace(resume, notices=notices, adam_begun_at=adam_begun_at(store, rules))
     assert request.run is not None
-    return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, found)
+    plan = batch_plan(config, request.world_size)
+    return ResolvedRun(config, plan, request.run, resume, layout, is_export_due, found)
 
 
-def _export_problems(config: Config, run: RunDirectory | None, asks_hub: bool) -> list[Problem]:
+def _is_export_due(config: Config, run: RunDirectory | None, resume: ResumePoint, store: Store | None) -> bool:
+    if config.export.format is None:
+        return False
+    if run is None or store is None or not _is_done(config, resume) or not run.exported.is_dir():
+        return True
+    try:
+        events = read_record(run.events, "event")
+    except (ValueError, OSError):
+        return True
+    exports = [event for event in events if event["event"] == "exported"]
+    wanted = exported_as(config.export, store.manifest.save_id)
+    return not exports or any(exports[-1].get(key) != value for key, value in wanted.items())
+
+
+def exported_as(wanted: ExportConfig, save_id: str) -> dict[str, Any]:
+    """Returns what the event of an export records, by which a later start knows whether that export is wanted."""
+    return {"checkpoint": save_id, "export": wanted.model_dump(mode="json")}
+
+
+def _is_done(config: Config, resume: ResumePoint) -> bool:
+    return resume.progress.step >= config.train.steps and not resume.left_out
+
+
+def _export_problems(config: Config, run: RunDirectory, asks_hub: bool) -> list[Problem]:
     """Finds now what would end in no export after the last step."""
-    wanted, problems = config.export, list[Problem]()
-    if wanted.format is not None and run is not None:
-        from mlra_scale.checkpoint.huggingface.exporting import check_target  # imports transformers
+    from mlra_scale.checkpoint.huggingface.exporting import check_target  # imports transformers
 
-        try:
-            check_target(run.exported, is_replacing=True)
-        except CheckpointError as error:
-            problems.append(Problem("export.format", wanted.format, str(error)))
+    wanted, problems = config.export, list[Problem]()
+    try:
+        check_target(run.exported, is_replacing=True)
+    except CheckpointError as error:
+        problems.append(Problem("export.format", wanted.format, str(error)))
     if wanted.repository is not None and asks_hub:
         try:
-            check_access(wanted.repository)
+            check_access(wanted.repository, wanted.private)
         except HubError as error:
             problems.append(Problem("export.repository", wanted.repository, str(error)))
     return problems

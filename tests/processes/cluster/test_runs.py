@@ -180,6 +180,7 @@ START = {"event": "start", "step": 0, "world_size": 4}
     ("events", "state", "error"),
     [
         (["start", {"event": "finished", "steps": 20}], "done", None),
+        (["start", {"event": "finished"}, {"event": "export_failed", "reason": "no quota"}], "done", "no quota"),
         (["start", {"event": "stopped", "reason": "the loss is nan", "step": 9}], "failed", "the loss is nan"),
         (["start", {"event": "failed", "reason": "OSError: full", "step": 9}], "failed", "OSError: full"),
         (["start", {"event": "preempted", "reason": "after step 9"}], "preempted", None),

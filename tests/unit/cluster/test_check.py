@@ -3,11 +3,13 @@
 import fcntl
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from mlra_scale.cluster.check import main, read_output
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.config import load_config
+from mlra_scale.training.log import tensorboard_log
 
 Capture = pytest.CaptureFixture[str]
 
@@ -99,3 +101,19 @@ def test_a_run_that_is_resumed_alone_is_checked_with_its_own_configuration(tmp_p
     for part in ("parallel.world_size = 2", "train.micro_batch_size", "data.path"):
         assert part in said, said
     assert "--preset" not in said
+
+
+def test_a_login_node_finds_what_an_export_and_tensorboard_need(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as slurm/environment.sh sets it
+    monkeypatch.setattr(tensorboard_log, "find_spec", lambda name: None)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "mine.txt").write_text("not an export")
+    more = ("export.format=gpt2", "export.repository=me/small", "tensorboard.enabled=true")
+    code, said = check(capsys, "--run-dir", str(tmp_path), *more)
+    assert code == 2 and "export.repository = 'me/small'" in said and "set HF_HUB_OFFLINE=0" in said
+    assert "holds something that is not an export" in said and "needs the package tensorboard" in said
+    monkeypatch.setenv("MLRA_PYTHON", "apptainer exec image python3")
+    _, said = check(capsys, "--run-dir", str(tmp_path), *more)
+    assert "needs the package tensorboard" not in said, "the container has its own"

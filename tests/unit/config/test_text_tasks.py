@@ -1,5 +1,9 @@
 """What an entry of evaluation.tasks stands for."""
 
+from pathlib import Path
+
+import pytest
+
 from mlra_scale.config.text_tasks import NAMED_TEXTS, TextTask, equal_names, text_task
 
 
@@ -11,7 +15,24 @@ def test_names_of_texts_and_of_files() -> None:
     assert text_task("hf:me/corpus@v1") == TextTask("corpus", "hf:me/corpus@v1")
     assert text_task("hf:me/corpus@v1").data_set == "me/corpus"
     assert text_task("/home/me/a.txt").data_set == "a"
-    assert text_task("texts/.hidden").name == "texts/.hidden"
+    assert text_task("/home/me/.hidden").name == "hidden" and text_task("../..").name == "text"
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["/home/me/corpus", "./corpus", "../corpus", "~/corpus", "~me/corpus", "a/b/corpus", "/home/me@work/corpus"],
+)
+def test_a_local_folder_is_not_on_the_hub_and_only_its_last_name_is_told(folder: str) -> None:
+    task = text_task(f"hf:{folder}")
+    assert not task.is_on_hub and (task.data_set, task.name) == ("corpus", "corpus")
+
+
+def test_a_folder_that_exists_is_local_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me" / "corpus").mkdir(parents=True)
+    task = text_task("hf:me/corpus")
+    assert task.is_on_hub and task.data_set == "me/corpus" and text_task("hf:wikitext").is_on_hub
+    monkeypatch.chdir(tmp_path)
+    assert not task.is_on_hub and task.data_set == "corpus"
 
 
 def test_globs_and_names_of_ones_own() -> None:

@@ -173,3 +173,8 @@ def test_the_variants_of_a_seed_are_paired() -> None:
 
 def _is_small(cell: Cell) -> bool:
     return cell.axes["model.num_layers"] == 12 and cell.seed == 1
+
+
+def test_a_study_exports_nothing(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, SMALL, "export.format=gpt2")
+    assert "export.format" in problem and "is not for studies" in problem and "(in every cell)" in problem

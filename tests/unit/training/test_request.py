@@ -61,7 +61,7 @@ def test_every_rank_finds_what_is_missing_on_its_machine(
 ) -> None:
     """Ranks that were started by hand would else wait for rank 0 until the process group's time is over."""
     asked = list[str]()
-    monkeypatch.setattr("mlra_scale.training.start.request.check_access", asked.append)
+    monkeypatch.setattr("mlra_scale.training.start.request.check_access", lambda name, is_private: asked.append(name))
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
     (tmp_path / "run" / "exported" / "mine").mkdir(parents=True)

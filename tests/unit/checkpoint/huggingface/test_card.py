@@ -129,7 +129,7 @@ FIGURES = {
 
 def with_tasks(store: Store, **tasks: Any) -> Store:
     assert store.config is not None
-    evaluation = store.config.evaluation.model_copy(update={"tasks": ("lambada", "/home/me/private/held.txt")})
+    evaluation = store.config.evaluation.model_copy(update={"tasks": ("lambada", "hf:/home/me/private/held.set")})
     store.config = store.config.model_copy(update={"evaluation": evaluation})
     store.state["tasks"] = tasks
     return store
@@ -158,7 +158,7 @@ def test_the_card_has_figures_of_texts_and_the_hubs_index_of_results(store: Stor
     trained = Path(store.config.data.path or "").name
     measures = {"perplexity": 21.5, "word_perplexity": 60.25, "bits_per_byte": 1.25}
     assert found == {
-        ("me/corpus", trained, "validation"): {"perplexity": math.exp(2.0)},
+        (trained, trained, None): {"perplexity": math.exp(2.0)},
         ("EleutherAI/lambada_openai", "lambada", "test"): measures,
         ("held", "held", None): {"perplexity": 21.5, "bits_per_byte": 1.25},
         ("choose", "choose", None): {"acc": 0.25, "acc_norm": 0.5},
