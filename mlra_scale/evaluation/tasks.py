@@ -37,13 +37,16 @@ class TaskText:
     counts: Counter[str]
 
 
-def task_problems(config: Config, has_tokenizer: bool, reads_hub_cache: bool = False) -> list[Problem]:
+def task_problems(
+    config: Config, has_tokenizer: bool, reads_hub_cache: bool = False, has_packages: bool = True
+) -> list[Problem]:
     """Finds tasks that cannot be read, of which at most a first text is read; the hub is not asked.
 
     Args:
         config: The configuration.
         has_tokenizer: Whether the data, or `data.tokenizer`, name a tokenizer.
         reads_hub_cache: Whether texts of the hub have to be in its cache here where HF_HUB_OFFLINE is set.
+        has_packages: Whether a harness that the run finds is one that this process finds.
     """
     tasks, problems = config.evaluation.tasks, list[Problem]()
     if tasks and not has_tokenizer:
@@ -55,7 +58,7 @@ def task_problems(config: Config, has_tokenizer: bool, reads_hub_cache: bool = F
                 _check_first_text(task, reads_hub_cache)
             except DataError as error:
                 problems.append(Problem("evaluation.tasks", task.source, str(error)))
-    for name in harness_tasks(tasks):
+    for name in harness_tasks(tasks) if has_packages else ():
         if (fault := harness_problem(name)) is not None:
             problems.append(Problem("evaluation.tasks", HARNESS + name, fault))
     return problems

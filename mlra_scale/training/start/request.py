@@ -136,8 +136,8 @@ def resolve_run(
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
         validate(config, request.world_size, resolve_device(config))
     problems += check_device(config) if is_here else []
-    if is_here or "MLRA_PYTHON" not in os.environ:  # else the ranks run in a container, whose packages are its own
-        problems += check_tensorboard(config)
+    has_packages = is_here or "MLRA_PYTHON" not in os.environ  # else the ranks run in a container with its own
+    problems += check_tensorboard(config) if has_packages else []
     found = find_data(config)
     is_continued = store is not None and store.kind == "training"
     data_problems = check_data(config, is_continued, found)
@@ -145,7 +145,7 @@ def resolve_run(
     # What is on this machine every rank checks, so that all end alike; rank 0 alone needs a hub, or its cache.
     is_main = not is_here or Launcher.of(os.environ).rank == 0
     has_tokenizer = bool(found.manifests) or config.data.tokenizer is not None
-    problems += task_problems(config, has_tokenizer, is_here and is_main)
+    problems += task_problems(config, has_tokenizer, is_here and is_main, has_packages)
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)

@@ -145,6 +145,7 @@ def test_problems_are_found_before_anything_is_read(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("mlra_scale.evaluation.harness.find_spec", lambda name: None)
     (problem,) = task_problems(config_of("harness:arc_easy"), has_tokenizer=True)
     assert "pip install 'mlra-scale[harness]'" in problem.remedy
+    assert task_problems(config_of("harness:arc_easy"), has_tokenizer=True, has_packages=False) == []
 
 
 def test_texts_without_content_are_found_before_they_are_read(tmp_path: Path) -> None:
