@@ -14,6 +14,7 @@ from mlra_scale.data import DataError
 from mlra_scale.data.files import kind_of
 from mlra_scale.data.hub import is_offline
 from mlra_scale.data.manifest import MANIFEST_NAME
+from mlra_scale.data.mixture import MIXTURE_NAME
 from mlra_scale.data.sources import HuggingFace, LocalFiles, Source, SourceName, open_sources, texts_of
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mlra_scale.evaluation import EvaluationError
@@ -52,6 +53,9 @@ def task_problems(
     if tasks and not has_tokenizer:
         remedy = "need the tokenizer that the data were made with; name it in data.tokenizer"
         problems.append(Problem("evaluation.tasks", list(tasks), remedy))
+    if tasks and config.train.sequence_length < 2:
+        remedy = "must be at least 2 with evaluation.tasks: a token is scored after another one"
+        problems.append(Problem("train.sequence_length", config.train.sequence_length, remedy))
     for task in text_tasks(tasks):
         if not _is_prepared(task):
             try:
@@ -156,7 +160,9 @@ def _sources(task: TextTask) -> list[Source]:
 
 
 def _check_first_text(task: TextTask, reads_hub_cache: bool) -> None:
-    """Raises DataError where a text is not there, is empty, or has no such field."""
+    """Raises DataError where a text is not there, is empty, has no such field, or is a prepared mixture."""
+    if (Path(task.source) / MIXTURE_NAME).is_file():
+        raise DataError(f"{task.source} is a mixture of data sets; name one of the folders in it")
     for source in _sources(task):
         if isinstance(source, HuggingFace) and not source.folder.exists():
             if not (reads_hub_cache and is_offline()):

@@ -27,9 +27,9 @@ from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption, W
 from mlra_scale.training.record import EventLog
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.request import ResolvedRun, exported_as
+from mlra_scale.training.watch.text_tasks import seconds_between_signs
 
 _AT_WORK = -1
-_MOST_SECONDS_BETWEEN_SIGNS = 20.0
 _SECONDS_OF_A_PUSH, _SLOWEST_BYTES_PER_SECOND = 900.0, 500_000
 """A push that takes longer than this hangs; the hub's library has no time-out."""
 
@@ -53,10 +53,8 @@ def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interrupti
             dist.broadcast(packed, src=0, group=topology.control_group)
         return int(packed)
 
-    # A quarter of what a collective may wait, and half of what a watchdog does.
-    seconds = min(_MOST_SECONDS_BETWEEN_SIGNS, 60.0 * run.config.parallel.timeout_minutes / 4)
     if topology.rank == 0:
-        with _Signs(lambda: exchange(_AT_WORK), seconds) as signs:
+        with _Signs(lambda: exchange(_AT_WORK), seconds_between_signs(run.config)) as signs:
             state = int(_export(run.config.export, run.directory, signs.limit))
         exchange(state)
     else:

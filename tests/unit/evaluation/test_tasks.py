@@ -156,6 +156,12 @@ def test_texts_without_content_are_found_before_they_are_read(tmp_path: Path) ->
     found = task_problems(config_of(f"{tmp_path}/empty.txt,{other},{blank},{good}"), has_tokenizer=True)
     assert [problem.value for problem in found] == [f"{tmp_path}/empty.txt", other, blank]
     assert "nothing to score" in found[0].remedy and "other field" in found[1].remedy
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "mixture.yaml").write_text("data: {}")
+    (problem,) = task_problems(config_of(f"{tmp_path}/mix"), has_tokenizer=True)
+    assert "name one of the folders in it" in problem.remedy
+    (problem,) = task_problems(config_of(good, "train.sequence_length=1"), has_tokenizer=True)
+    assert problem.field == "train.sequence_length"
 
 
 def test_a_text_of_the_hub_must_be_in_the_cache_where_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
