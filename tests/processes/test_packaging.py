@@ -61,7 +61,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
     pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--no-compile", str(wheel)], check=True, timeout=200)
+    # With the project on the path, pip would find it there, and install nothing.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*pip, "--no-compile", str(wheel)], check=True, cwd=folder, env=clean, timeout=200)
     libraries = [path for path in sys.path if Path(path).name == "site-packages"]
     (packages_of(folder) / "libraries.pth").write_text("\n".join(libraries) + "\n")
     return folder
