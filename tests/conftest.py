@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.pool import PoolRegistry, WorkerPool
 from tests.support.training_runs import make_data
 from tests.tiers import Tiers, mark_slow_cases, tiers_of
+
+# A loaded machine is no failure: otherwise Hypothesis limits an example to 200 ms, and the making of examples too.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 DAILY = "not slow and not nightly"
 """What -m is without another one, see pyproject.toml."""

@@ -27,6 +27,7 @@ def masks_of_a_step(rank: int, world_size: int, config: Config) -> tuple[int, in
     return made, engine.plan.accumulation_steps
 
 
+@pytest.mark.slow_except("tp1pp2dp1 zero0")
 @pytest.mark.parametrize("layout", [Layout(data=2, stage=1), Layout(data=2, stage=3), Layout(pipeline=2)], ids=str)
 def test_blocks_share_the_mask_of_a_micro_batch(worker_pool: Pools, layout: Layout) -> None:
     config = layout_config(layout, data__document_attention="masked")

@@ -381,6 +381,7 @@ def test_a_rollback_to_another_optimizer_begins_as_a_start_does_and_prints_the_s
     assert_bitwise_equal(store_of(folder, 8), store_of(again, 8))
 
 
+@pytest.mark.slow
 def test_a_start_whose_guard_could_not_roll_back_across_two_changes_is_refused(start: Start, tmp_path: Path) -> None:
     """The good checkpoint is of step 4: from there AdamW would begin anew for the factors and continue for the rest."""
     folder, branch = tmp_path / "run", tmp_path / "branch"

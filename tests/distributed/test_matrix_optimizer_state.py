@@ -201,7 +201,7 @@ def interrupt(rank: int, world_size: int, config: Config) -> None:
     assert_same_vectors(vectors_of(other), vectors_of(fresh))
 
 
-@pytest.mark.slow_except("tp2pp1dp2-zero3-fp32-spectron", "tp1pp1dp2-zero1-bf16-muon")
+@pytest.mark.slow_except("tp1pp1dp2-zero1-bf16-muon")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("layout", "precision"), RESUMED, ids=identify)
 def test_five_and_five_steps_are_ten(worker_pool: Pools, layout: Layout, precision: str, optimizer: str) -> None:
