@@ -47,9 +47,10 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _messages_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test before these may have called `set_up_logging`."""
+def _messages_reach_caplog(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A test before these may have called `set_up_logging`, for a rank that prints warnings only."""
     monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)
+    caplog.set_level(logging.INFO, "mlra_scale")
 
 
 def options_of(source: Path, output: Path, **changes: Any) -> PrepareOptions:
@@ -98,7 +99,6 @@ def test_an_interrupted_preparation_continues(
     (whole, *_) = prepare(make(source, tmp_path / "whole"))
     out, interruptions = tmp_path / "set", 0
     stop(2)
-    caplog.set_level(logging.INFO)
     while not out.exists():
         try:
             prepare(make(source, out))
@@ -179,7 +179,6 @@ def test_what_does_not_fit_is_begun_again(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    caplog.set_level(logging.INFO)
     stop(3)
     with pytest.raises(KeyboardInterrupt):
         prepare(options_of(source, tmp_path / "set"))
