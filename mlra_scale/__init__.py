@@ -7,29 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlra_scale.library.auto_classes import MlraConfig, MlraForCausalLM, MlraModel
-    from mlra_scale.library.deepspeed_engine import attach_tev
-    from mlra_scale.library.lightning_callback import LightningTevCallback
-    from mlra_scale.library.replacement import merge_attention_projections, replace_attention_projections
-    from mlra_scale.library.tev import tev
-    from mlra_scale.library.transformers_callback import TevCallback
+    from mlra_scale.api.auto_classes import MlraConfig, MlraForCausalLM, MlraModel
+    from mlra_scale.api.deepspeed_engine import attach_tev
+    from mlra_scale.api.lightning_callback import LightningTevCallback
+    from mlra_scale.api.replacement import merge_attention_projections, replace_attention_projections
+    from mlra_scale.api.tev import tev
+    from mlra_scale.api.transformers_callback import TevCallback
     from mlra_scale.shipped.low_rank_linear import LowRankLinear
     from mlra_scale.stability.tev import TevStatistics
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "LightningTevCallback": "library.lightning_callback",
+    "LightningTevCallback": "api.lightning_callback",
     "LowRankLinear": "shipped.low_rank_linear",
-    "MlraConfig": "library.auto_classes",
-    "MlraForCausalLM": "library.auto_classes",
-    "MlraModel": "library.auto_classes",
-    "TevCallback": "library.transformers_callback",
+    "MlraConfig": "api.auto_classes",
+    "MlraForCausalLM": "api.auto_classes",
+    "MlraModel": "api.auto_classes",
+    "TevCallback": "api.transformers_callback",
     "TevStatistics": "stability.tev",
-    "attach_tev": "library.deepspeed_engine",
-    "merge_attention_projections": "library.replacement",
-    "replace_attention_projections": "library.replacement",
-    "tev": "library.tev",
+    "attach_tev": "api.deepspeed_engine",
+    "merge_attention_projections": "api.replacement",
+    "replace_attention_projections": "api.replacement",
+    "tev": "api.tev",
 }
 
 __all__ = [

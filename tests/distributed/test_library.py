@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mlra_scale
-from mlra_scale.library.tev import embedding_of
+from mlra_scale.api.tev import embedding_of
 from tests.support.pool import Pools
 from tests.unit.stability.test_tev import check, random_matrix
 

@@ -35,8 +35,8 @@ ROOMS: dict[str, set[str]] = {
     "stability": {"config", "model", "parallel"},
     "checkpoint": {"config", "model", "parallel", "shipped"},
     # The public face; the package's own __init__ offers its names.
-    "library": {"shipped", "stability"},
-    "__init__": {"library", "shipped", "stability"},
+    "api": {"shipped", "stability"},
+    "__init__": {"api", "shipped", "stability"},
     "planning": {"config", "model"},
     "evaluation": {"config", "model", "parallel", "data", "checkpoint", "shipped"},
     "publishing": {"config", "data", "checkpoint", "evaluation"},
@@ -64,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
 PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
     # Both do with torch and numpy alone.
-    ("library", "stability"): {"embedding_names", "tev", "watcher"},
+    ("api", "stability"): {"embedding_names", "tev", "watcher"},
     ("stability", "parallel"): {"", "fragments", "topology"},
     ("checkpoint", "parallel"): {"", "fragments", "topology"},
     ("planning", "model"): {
@@ -81,8 +81,8 @@ PARTS: dict[tuple[str, str], set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "torch": set(ROOMS) - {"bundled", "config", "console", "files", "planning", "study"},
     "rich": {"console"},
-    "deepspeed": {"library", "parallel", "training"},
-    "lightning": {"library"},
+    "deepspeed": {"api", "parallel", "training"},
+    "lightning": {"api"},
     "megatron": {"megatron"},
     "datasets": {"data"},
     "lm_eval": {"evaluation"},

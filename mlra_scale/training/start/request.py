@@ -51,7 +51,7 @@ from mlra_scale.training.start.resume_choice import (
 )
 
 _MEASURED = ("validation_loss", "tasks", "harness")
-"""Of a checkpoint: what an export tells of it."""
+"""Measurements in a checkpoint that the model card of an export shows."""
 
 
 @dataclass(frozen=True)

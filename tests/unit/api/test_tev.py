@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import mlra_scale
-from mlra_scale.library.tev import embedding_of, log_values
+from mlra_scale.api.tev import embedding_of, log_values
 from tests.support.gpt2_folders import random_gpt2
 from tests.unit.stability.test_tev import check, random_matrix
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.library.page import LOOPS
+from tests.processes.api.page import LOOPS
 from tests.unit.test_imports import ROOT
 
 
@@ -15,7 +15,7 @@ from tests.unit.test_imports import ROOT
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="needs lightning")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.processes.library.page"],
+        [sys.executable, "-m", "tests.processes.api.page"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         cwd=tmp_path,
         capture_output=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mlra_scale.library.tev import log_values, tev
+from mlra_scale.api.tev import log_values, tev
 from mlra_scale.stability.tev import TevStatistics
 from mlra_scale.stability.watcher import is_due
 

@@ -1,6 +1,6 @@
 """Runs the code of docs/library.md as it stands: what it takes for granted before it, a loop of its library after it.
 
-python -m tests.processes.library.page        # in an empty folder
+python -m tests.processes.api.page        # in an empty folder
 """
 
 import json

@@ -1,6 +1,6 @@
 """One rank of transformers' Trainer under DDP or one of DeepSpeed's stages, with the callback.
 
-torchrun --nproc_per_node 2 -m tests.processes.library.sharded FOLDER ddp|1|2|3
+torchrun --nproc_per_node 2 -m tests.processes.api.sharded FOLDER ddp|1|2|3
 """
 
 import sys

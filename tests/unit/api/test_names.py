@@ -35,7 +35,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, name: str, 
     missing: dict[str, Any] = {key: None for key in list(sys.modules) if key.partition(".")[0] == library}
     for key in {library, *missing}:
         monkeypatch.setitem(sys.modules, key, None)
-    monkeypatch.delitem(sys.modules, f"mlra_scale.library.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"mlra_scale.api.{module}", raising=False)
     with pytest.raises(ImportError, match=rf"mlra_scale\.{name} needs {library}: pip install {library}"):
         getattr(mlra_scale, name)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from mlra_scale.library.tev import embedding_of, log_values, tev
+from mlra_scale.api.tev import embedding_of, log_values, tev
 from mlra_scale.stability.tev import TevStatistics
 from mlra_scale.stability.watcher import is_due
 
