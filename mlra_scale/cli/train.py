@@ -17,7 +17,8 @@ EXAMPLES = """examples:
 
 Training on several machines is started by torchrun on each of them, or by slurm/*.sh.
 exit codes: 0 done; 1 an error; 2 bad input; 3 the loss is not finite; 4 a checkpoint could not be written; 5 stopped by
-a signal after a checkpoint; 7 the guard gave up; 130 a second Ctrl-C; 128 and its number for a signal that ended a rank
+a signal after a checkpoint; 6 a node that cannot be used; 7 the guard gave up; 8 all steps are done, and the export
+failed; 130 a second Ctrl-C; 128 and its number for a signal that ended a rank
 """
 
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from mlra_scale.data.tokenizer import LoadedTokenizer
 from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.perplexity import Window
@@ -36,7 +38,7 @@ def harness_problem(task: str) -> str | None:
     if find_spec("lm_eval") is None:
         return MISSING
     if Path(task).is_file():
-        return None
+        return _file_problem(Path(task))
     if task.endswith(_FILES):
         return f"{task} does not exist; name a task of lm-evaluation-harness, or the YAML file of one"
     try:
@@ -48,6 +50,18 @@ def harness_problem(task: str) -> str | None:
     near = get_close_matches(task, known, n=3)
     did_you_mean = f" (near it: {', '.join(near)})" if near else ""
     return f"{task} is no task, group or tag of lm-evaluation-harness{did_you_mean}, and no YAML file of one"
+
+
+def _file_problem(path: Path) -> str | None:
+    """Returns why a file cannot be a task; its functions and files are not loaded."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return f"{path} cannot be read as YAML: {' '.join(str(error).split())}"
+    keys = {key.value for key, _ in root.value} if isinstance(root, yaml.MappingNode) else set()
+    if keys & {"task", "group", "include"}:
+        return None
+    return f"{path} is no YAML file of a task: it has neither `task` nor `group` nor `include`"
 
 
 @cache

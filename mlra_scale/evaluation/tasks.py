@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,13 +77,14 @@ class Tasks:
     harness: Harness | None = None
 
 
-def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None]) -> Tasks:
+def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None], needs_all: bool = True) -> Tasks:
     """Reads and tokenizes the texts of a run, and loads the tasks of the harness.
 
     Args:
         config: The configuration.
         tokenizer: Folder or name of the tokenizer of the data.
         note: Called with lines about what is not read.
+        needs_all: Whether a task that cannot be read is an error; else it is noted and left out.
 
     Raises:
         DataError: A text or the tokenizer cannot be read.
@@ -90,9 +92,24 @@ def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None]) -> T
             cannot be loaded.
     """
     given, loaded = config.evaluation.tasks, load_tokenizer([tokenizer])
-    texts = [_read(task, loaded, config, note) for task in text_tasks(given)]
-    names = harness_tasks(given)
-    return Tasks(texts, Harness(names, loaded, config.train.sequence_length) if names else None)
+    texts, harness, names = list[TaskText](), None, harness_tasks(given)
+
+    @contextmanager
+    def left_out() -> Iterator[None]:
+        try:
+            yield
+        except (DataError, EvaluationError) as error:
+            if needs_all:
+                raise
+            note(f"the run continues without it: {error}")
+
+    for task in text_tasks(given):
+        with left_out():
+            texts.append(_read(task, loaded, config, note))
+    if names:
+        with left_out():
+            harness = Harness(names, loaded, config.train.sequence_length)
+    return Tasks(texts, harness)
 
 
 def _read(task: TextTask, loaded: LoadedTokenizer, config: Config, note: Callable[[str], None]) -> TaskText:

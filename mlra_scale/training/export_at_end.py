@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import time
 import traceback
@@ -53,8 +54,16 @@ def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interrupti
             dist.broadcast(packed, src=0, group=topology.control_group)
         return int(packed)
 
+    def give_up() -> None:
+        upload = f"hf upload {run.config.export.repository} {run.directory.exported}"
+        remedy = f"the run is complete, and --resume auto makes the export and the push again; or `{upload}`"
+        _note_failure(run.directory, "the push hangs", remedy)
+        exchange(ExitCode.EXPORT_FAILED)
+        dist.barrier()  # the one before which no rank ends, see trainer.launch
+        os._exit(ExitCode.EXPORT_FAILED)  # this rank's main thread, and those of the hub's library, do not end
+
     if topology.rank == 0:
-        with _Signs(lambda: exchange(_AT_WORK), seconds_between_signs(run.config)) as signs:
+        with _Signs(lambda: exchange(_AT_WORK), seconds_between_signs(run.config), give_up) as signs:
             state = int(_export(run.config.export, run.directory, signs.limit))
         exchange(state)
     else:
@@ -73,12 +82,15 @@ def _export(wanted: ExportConfig, directory: RunDirectory, limit: Callable[[floa
         remedy = "the run is complete, and --resume auto makes the export again"
         if not isinstance(error, hub.HubError):  # whose message has its own remedy: the folder is there
             remedy += f"; so does `mlra-scale export {directory.path} FOLDER`"
-        reason = str(error) or type(error).__name__
-        print(f"export failed: {reason}\n  {remedy}", flush=True)
-        with contextlib.suppress(OSError):
-            _record(directory, "export_failed", reason=reason)
+        _note_failure(directory, str(error) or type(error).__name__, remedy)
         return ExitCode.EXPORT_FAILED
     return ExitCode.DONE
+
+
+def _note_failure(directory: RunDirectory, reason: str, remedy: str) -> None:
+    print(f"export failed: {reason}\n  {remedy}", flush=True)
+    with contextlib.suppress(OSError):
+        _record(directory, "export_failed", reason=reason)
 
 
 def _record(directory: RunDirectory, event: str, **values: Any) -> None:
@@ -113,24 +125,25 @@ def _export_and_push(
 class _Signs:
     """Gives a sign from a thread, at once and every so many seconds, until the block ends: an export takes minutes.
 
-    Where it takes longer than a limit it hangs: without signs the watchdog and the other ranks' time-out end the run.
+    Where it takes longer than a limit it hangs, and `give_up` is called in that thread.
     """
 
-    def __init__(self, sign: Callable[[], object], seconds: float) -> None:
-        self._sign, self._seconds, self._is_over, self._end = sign, seconds, threading.Event(), math.inf
+    def __init__(self, sign: Callable[[], object], seconds: float, give_up: Callable[[], object]) -> None:
+        self._sign, self._seconds, self._give_up = sign, seconds, give_up
+        self._is_over, self._end = threading.Event(), math.inf
         self._thread = threading.Thread(target=self._run, name="export", daemon=True)
 
     def limit(self, seconds: float) -> None:
         """Sets how long signs are given from now on."""
         self._end = time.monotonic() + seconds
 
-    def _run(self) -> None:
+    def _run(self) -> object:
         self._sign()
         while not self._is_over.wait(self._seconds):
             if time.monotonic() > self._end:
-                print("export: the push hangs: this start is given up; --resume auto repeats it", flush=True)
-                return
+                return self._give_up()
             self._sign()
+        return None
 
     def __enter__(self) -> _Signs:
         self._thread.start()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,12 @@ from transformers import GPT2LMHeadModel
 
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.checkpoint.retention import checkpoint_at
+from mlra_scale.cluster.channel import free_port
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.export_at_end import _Signs
 from tests.support.hub_server import TOKEN, hub_server, use_in_library
 from tests.support.pool import WorkerPool
-from tests.support.training_runs import Finished, Start, base_command, events, main_on_rank
+from tests.support.training_runs import Finished, Start, base_command, environment, events, main_on_rank
 
 SHORT = ["train.steps=2", "tev.every=0", "checkpoint.every=1", "export.format=gpt2"]
 
@@ -117,14 +120,54 @@ def test_rank_0_decides_whether_an_export_is_due(
     assert [finished.code for finished in ranks] == [0, 0] and (tmp_path / "run" / "exported" / "README.md").is_file()
 
 
-def test_signs_end_where_a_push_hangs(capsys: pytest.CaptureFixture[str]) -> None:
-    given = list[float]()
-    with _Signs(lambda: given.append(time.monotonic()), 0.01) as signs:
+def test_signs_end_where_a_push_hangs() -> None:
+    given, given_up = list[float](), list[bool]()
+    with _Signs(lambda: given.append(time.monotonic()), 0.01, lambda: given_up.append(True)) as signs:
         while len(given) < 3:
             time.sleep(0.01)
         signs.limit(0.0)
         signs._thread.join(timeout=10)
-        assert not signs._thread.is_alive() and "the push hangs" in capsys.readouterr().out
+        assert not signs._thread.is_alive() and given_up == [True]
+
+
+HANGING = """
+import sys, time
+from mlra_scale import train
+from mlra_scale.publishing import hub
+from mlra_scale.training import export_at_end
+from mlra_scale.training.start import request
+
+request.check_access = lambda *_: None
+export_at_end._SECONDS_OF_A_PUSH, export_at_end.seconds_between_signs = 0.0, lambda _: 0.1
+hub.push = lambda *_: time.sleep(600)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_push_that_hangs_ends_all_ranks_alike(tmp_path: Path, training_data: Path) -> None:
+    run, port = tmp_path / "run", str(free_port())
+    arguments = base_command(run, training_data, *SHORT, "export.repository=me/trained")
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGING, *arguments],
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [ExitCode.EXPORT_FAILED] * 2
+    assert (
+        "the push hangs\n  the run is complete" in printed[0] and f"hf upload me/trained {run}/exported" in printed[0]
+    )
+    assert last_event(run)["event"] == "export_failed" and (run / "exported" / "model.safetensors").is_file()
 
 
 def test_what_is_no_export_is_not_replaced_and_found_before_the_first_step(tmp_path: Path, start: Start) -> None:

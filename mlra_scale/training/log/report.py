@@ -202,7 +202,7 @@ class Report:
             **values,
         }
         self._metrics.write(record)
-        self._show(record, values)
+        self._show(record, values, record)
 
     def amend(self, progress: Progress, values: Mapping[str, Any]) -> None:
         """Adds to the record of its last step what was measured only after the run was resumed; for rank 0."""
@@ -213,13 +213,13 @@ class Report:
         self._metrics.close()
         replace_last(self._directory.metrics, record)
         self._metrics = JsonLines(self._directory.metrics)
-        self._show(record, values)
+        self._show(record, values, values)  # the other curves have this step already
 
-    def _show(self, record: dict[str, Any], values: Mapping[str, Any]) -> None:
-        """Prints a line of the record and sends it to wandb and TensorBoard; `values` are new in it."""
+    def _show(self, record: dict[str, Any], values: Mapping[str, Any], sent: Mapping[str, Any]) -> None:
+        """Prints what is new (`values`) in a line of the record, and sends what wandb and TensorBoard lack (`sent`)."""
         step, total = record["step"], self._total_steps
         self._records.append(record)
-        self._send(step, _without_lists(record))
+        self._send(step, _without_lists(sent))
         self._last_tev |= {key: value for key, value in values.items() if key in ("tev_mean", "tev_std")}
         if "loss" in values:
             elapsed, done = time.perf_counter() - self._started, step - self._run.resume.progress.step

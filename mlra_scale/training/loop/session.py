@@ -138,7 +138,8 @@ class Session:
 
         def work() -> list[TaskText]:
             nonlocal read
-            read = read_tasks(config, tokenizer, self.report.say)
+            is_known = self.run.resume.carries_on("evaluation.tasks")
+            read = read_tasks(config, tokenizer, self.report.say, needs_all=not is_known)
             return read.texts
 
         if not config.evaluation.tasks:

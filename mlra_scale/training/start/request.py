@@ -145,7 +145,7 @@ def resolve_run(
     # What is on this machine every rank checks, so that all end alike; rank 0 alone needs a hub, or its cache.
     is_main = not is_here or Launcher.of(os.environ).rank == 0
     has_tokenizer = bool(found.manifests) or config.data.tokenizer is not None
-    problems += task_problems(config, has_tokenizer, is_here and is_main, has_packages)
+    late = task_problems(config, has_tokenizer, is_here and is_main, has_packages)
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)
@@ -157,7 +157,12 @@ def resolve_run(
             resume = _continued(resume, request, store, changes, None if data_problems else (config, found, named))
     is_export_due = _is_export_due(config, request.run, resume, store)
     if is_export_due and request.run is not None:
-        problems += _export_problems(config, request.run, is_main)
+        problems += _target_problems(config, request.run)
+        late += _hub_problems(config) if is_main else []
+    # A hub that is silent for now does not keep a run from the steps that are left.
+    carried = [each for each in late if resume.carries_on(each.field) and not _is_done(config, resume)]
+    resume = replace(resume, notices=(*resume.notices, *(f"the run continues without it: {each}" for each in carried)))
+    problems += [each for each in late if each not in carried]
     if problems:
         raise ConfigError(problems)
     if store is not None and is_continued:
@@ -192,21 +197,26 @@ def _is_done(config: Config, resume: ResumePoint) -> bool:
     return resume.progress.step >= config.train.steps and not resume.left_out
 
 
-def _export_problems(config: Config, run: RunDirectory, asks_hub: bool) -> list[Problem]:
+def _target_problems(config: Config, run: RunDirectory) -> list[Problem]:
     """Finds now what would end in no export after the last step."""
     from mlra_scale.checkpoint.huggingface.exporting import check_target  # imports transformers
 
-    wanted, problems = config.export, list[Problem]()
     try:
         check_target(run.exported, is_replacing=True)
     except CheckpointError as error:
-        problems.append(Problem("export.format", wanted.format, str(error)))
-    if wanted.repository is not None and asks_hub:
-        try:
+        return [Problem("export.format", config.export.format, str(error))]
+    return []
+
+
+def _hub_problems(config: Config) -> list[Problem]:
+    """Finds now what would end in no push after the last step."""
+    wanted = config.export
+    try:
+        if wanted.repository is not None:
             check_access(wanted.repository, wanted.private)
-        except HubError as error:
-            problems.append(Problem("export.repository", wanted.repository, str(error)))
-    return problems
+    except HubError as error:
+        return [Problem("export.repository", wanted.repository, str(error))]
+    return []
 
 
 def _continued(

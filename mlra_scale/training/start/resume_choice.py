@@ -210,6 +210,11 @@ class ResumePoint:
         """Whether a change makes the losses and gradient norms so far meaningless for those to come."""
         return any(change.field in RESETS_GUARD_STATISTICS for change in self.changes)
 
+    def carries_on(self, field: str) -> bool:
+        """Whether the run in the run directory continues and has used the whole section of a field as it is now."""
+        section = field.partition(".")[0]
+        return self.is_in_place and all(change.field.partition(".")[0] != section for change in self.changes)
+
 
 def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, str] | None = None) -> ResumePoint:
     """Finds the checkpoint of a resume point, without writing; checksums of weights are not compared here.

@@ -133,11 +133,11 @@ class TextTasks:
             self._before_pass()
             exchange(_AT_WORK, {})
 
-        assert self._tasks.harness is not None
         figures: dict[str, Any] = {}
         try:
-            with _repeated(sign, self._sign_seconds):
-                figures = self._tasks.harness.evaluate(lambda windows: exchange(windows, {}))
+            if self._tasks.harness is not None:  # else it could not be loaded at this start
+                with _repeated(sign, self._sign_seconds):
+                    figures = self._tasks.harness.evaluate(lambda windows: exchange(windows, {}))
         except EvaluationError as error:
             if failure:  # not of the harness: a stop request, or a rank that is lost
                 raise failure[0] from error

@@ -71,6 +71,20 @@ def test_a_report_writes_its_record_and_what_a_rollback_undoes_is_dropped(run: R
     assert (found["guard/rollback"], found["guard/to_step"]) == ({3: 1.0}, {3: 1.0})
 
 
+def test_what_a_resumed_run_adds_to_its_last_step_alone_is_written_again(run: RunDirectory, tmp_path: Path) -> None:
+    """As after a stop that left out the validation of step 2."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with report_of(tmp_path, overrides=("tensorboard.enabled=true",)) as report:
+        report.open()
+        report.record(Progress(2, 16, 1024), VALUES)
+        report.amend(Progress(2, 16, 1024), {"validation_loss": 2.5, "validation_perplexity": 12.2})
+    read = EventAccumulator(str(run.tensorboard))
+    read.Reload()
+    assert [item.step for item in read.Scalars("curves/loss")] == [2]
+    assert [(item.step, item.value) for item in read.Scalars("curves/validation_loss")] == [(2, 2.5)]
+
+
 def test_it_is_off_by_default_and_leaves_nothing(tmp_path: Path) -> None:
     with report_of(tmp_path) as report:
         report.open()

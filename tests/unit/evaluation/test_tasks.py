@@ -130,6 +130,16 @@ def test_what_cannot_be_scored_names_the_text(tmp_path: Path, read: Callable[...
         read(lines_file(tmp_path / "other.jsonl", PASSAGES, "other field"))
 
 
+def test_a_run_that_continues_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+    save_tokenizer(tokenizer(), tmp_path / "tokenizer")
+    (tmp_path / "long.txt").write_text(TEXT)
+    config, notes = config_of(f"{tmp_path}/gone.txt,{tmp_path}/long.txt"), list[str]()
+    found = read_tasks(config, str(tmp_path / "tokenizer"), notes.append, needs_all=False)
+    assert [text.name for text in found.texts] == ["long"]
+    (note,) = notes
+    assert note.startswith("the run continues without it: ") and "gone.txt" in note
+
+
 def test_problems_are_found_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here.txt").write_text(TEXT)
     monkeypatch.setattr("mlra_scale.data.sources.unreachable_hub", None)  # asking the hub would fail
@@ -142,6 +152,12 @@ def test_problems_are_found_before_anything_is_read(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("mlra_scale.evaluation.harness.find_spec", lambda name: name)
     (problem,) = task_problems(config_of("harness:none.yaml"), has_tokenizer=True)
     assert problem.value == "harness:none.yaml" and "does not exist" in problem.remedy
+    for content, fault in (("task: [", "cannot be read as YAML: while parsing"), ("- task", "neither `task` nor")):
+        (tmp_path / "bad.yaml").write_text(content)
+        (problem,) = task_problems(config_of(f"harness:{tmp_path}/bad.yaml"), has_tokenizer=True)
+        assert fault in problem.remedy
+    (tmp_path / "good.yaml").write_text("task: mine\ndoc_to_text: !function own.text\n")
+    assert task_problems(config_of(f"harness:{tmp_path}/good.yaml"), has_tokenizer=True) == []
     monkeypatch.setattr("mlra_scale.evaluation.harness.find_spec", lambda name: None)
     (problem,) = task_problems(config_of("harness:arc_easy"), has_tokenizer=True)
     assert "pip install 'mlra-scale[harness]'" in problem.remedy

@@ -12,6 +12,7 @@ from mlra_scale.config import Config, ConfigError, Named, load_named_config
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
 from mlra_scale.planning.choice import FIELDS
+from mlra_scale.publishing.hub import HubError
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.agreement import _with_present_layout
 from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, _is_good_step_lost, resolve_run
@@ -73,6 +74,37 @@ def test_every_rank_finds_what_is_missing_on_its_machine(
     found = {each.field for each in caught.value.problems}
     assert {"evaluation.tasks", "export.format"} <= found
     assert asked == (["me/model"] if rank == 0 else [])
+
+
+def test_a_silent_hub_does_not_keep_a_run_from_the_steps_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts are local ones that have gone; a text of the hub is a problem of the same field."""
+
+    def silent(repository: str, is_private: bool) -> None:
+        raise HubError(f"{repository} cannot be pushed to: the hub does not answer")
+
+    monkeypatch.setattr("mlra_scale.training.start.request.check_access", silent)
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    run = RunDirectory(place / "zero3")
+    stored = Config.from_yaml(run.config.read_text()).to_dict()
+    stored["evaluation"] |= {"tasks": [f"{tmp_path}/gone.txt"]}
+    stored["export"] |= {"format": "mlra", "repository": "me/model"}
+    values = stored | {"data": {"path": str(place / "data")}}
+    wanted = {"evaluation.tasks", "export.repository"}
+    longer = values | {"train": values["train"] | {"steps": 5}}
+    named = ("train.steps", "evaluation.tasks", "export.format", "export.repository")
+    with pytest.raises(ConfigError) as caught:  # the checkpoint is of a run without them
+        resolved_with(run, longer, *named)
+    assert {each.field for each in caught.value.problems} == wanted
+
+    read, known = Store._read_config, Config.model_validate(stored)
+    monkeypatch.setattr(Store, "_read_config", lambda store: (known, read(store)[1]))
+    start = resolved_with(run, longer, *named)
+    carried = [notice for notice in start.resume.notices if notice.startswith("the run continues without it: ")]
+    assert {notice.split()[5] for notice in carried} == wanted
+    with pytest.raises(ConfigError, match="the hub does not answer"):  # nothing but the push is left
+        resolved_with(run, values)
 
 
 def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
