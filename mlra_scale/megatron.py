@@ -5,6 +5,7 @@ of the time in which a rank starts. While it is imported the mark does nothing.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -22,7 +23,9 @@ def _without_compiler() -> Iterator[None]:
         yield
 
 
-with _without_compiler():
+with _without_compiler(), warnings.catch_warnings():
+    # It looks for optional kernels that this package does not use.
+    warnings.filterwarnings("ignore", r"Transformer Engine and Apex are not installed", UserWarning)
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.datasets.helpers import build_sample_idx
     from megatron.core.tensor_parallel import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +72,6 @@ def export(request: ExportRequest, say: Callable[[str], None]) -> None:
         InputError: The checkpoint is damaged, or tokenizer, text or output do not suit.
         VerificationError: The folder is not the trained model.
     """
-    # Megatron's import warns about libraries that nothing here would use.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     check_target(request.output, request.is_replacing)
     store = Store.open(checkpoint_at(request.checkpoint))
     say(f"checkpoint {store.folder}: {store.manifest.total_bytes / 1e9:.3g} GB in {len(store.manifest.files)} files")

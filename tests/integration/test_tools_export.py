@@ -21,7 +21,7 @@ from mlra_scale.data.manifest import read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.pool import WorkerPool
 from tests.support.tools import Ran, run_tool
-from tests.support.training_runs import main_on_rank
+from tests.support.training_runs import ROOT, environment, main_on_rank
 
 STEPS = 20
 
@@ -60,6 +60,14 @@ def refused(code: int, *arguments: object) -> str:
     assert result.code == code, (result.code, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_prints_no_warnings_of_libraries(run: Path, tmp_path: Path) -> None:
+    """They are printed at imports, which have happened long ago in the process of the other tests."""
+    command = [sys.executable, ROOT / "tools" / "export_hf.py", run, tmp_path / "out", "--format", "mlra"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.slow

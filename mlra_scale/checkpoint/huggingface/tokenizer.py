@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mlra_scale.checkpoint.files import CheckpointError, first_line
-from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens
+from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens, quiet_transformers
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.config import ModelConfig
 from mlra_scale.config.json_text import printable
@@ -159,7 +159,8 @@ def _is_applied(tokenizer: Tokenizer, texts: Sequence[EncodedText]) -> bool:
 def load_tokenizer(folder: Path) -> Any:
     """Loads a tokenizer as a user of stock transformers does, or raises CheckpointError; code beside it is not run."""
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet_transformers():  # the library warns of a configuration whose class is beside it
+            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not loaded.is_fast:
             raise ValueError("it has no tokenizer.json (a fast tokenizer); convert it first")
         return loaded

@@ -129,8 +129,6 @@ _EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
     # DeepSpeed broadcasts parameters, which need a gradient, when it starts an engine; nothing is differentiated there.
     (r"c10d::broadcast_: an autograd kernel was not registered", UserWarning),
-    # Megatron-core looks for optional kernels that this package does not use.
-    (r"Transformer Engine and Apex are not installed", UserWarning),
 )
 """Warnings of every run. Any other warning is shown: it may be the first sign of a fault."""
 
