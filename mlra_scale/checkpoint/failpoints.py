@@ -8,7 +8,8 @@ The text of each failpoint says what a fault at this step may leave behind.
 from __future__ import annotations
 
 FAILPOINTS: dict[str, str] = {
-    "snapshot": "every rank, before it copies its fragments",
+    "snapshot": "every rank, before the save has done anything",
+    "copy": "every rank, before it copies its fragments, while training continues to its next update",
     "file-open": "every rank, its file is open and empty",
     "mid-file": "every rank, about half of its file is written",
     "file-complete": "every rank, its file is complete",

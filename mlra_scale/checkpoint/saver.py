@@ -29,6 +29,7 @@ from mlra_scale.checkpoint.saving import (
     HostMemory,
     MainFiles,
     RankReport,
+    Snapshot,
     build_manifest,
     commit,
     error_text,
@@ -155,6 +156,8 @@ class Saver:
         cancel, main = threading.Event(), None
         try:
             snapshot = take_snapshot(engine, self._copied, self._memory if is_background else None)
+            if is_background:
+                engine.before_change = partial(self._before_change, engine, snapshot)
             if self._topology.rank == 0:
                 # Copies: training changes these tensors too.
                 tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in buffers.items()]
@@ -167,6 +170,14 @@ class Saver:
         self._job.stall_seconds = time.perf_counter() - started
         if not is_background:
             self._complete_job()
+
+    def _before_change(self, engine: Engine, snapshot: Snapshot) -> None:
+        """Lets an update wait until the save has read what it is about to change."""
+        started = time.perf_counter()
+        snapshot.before_change()
+        engine.before_change = None
+        if self._job is not None:
+            self._job.stall_seconds += time.perf_counter() - started
 
     def poll(self) -> list[FinishedSave]:
         """Advances a save in flight as far as possible without waiting. Every rank calls it after each training step.

@@ -94,8 +94,8 @@ class HostMemory:
     def __init__(self) -> None:
         self.buffer = torch.empty(0)
 
-    def copy(self, tensors: NamedTensors) -> NamedTensors:
-        """Starts copying fp32 tensors; a copy from a GPU is complete only when its stream has passed this point.
+    def parts_for(self, tensors: NamedTensors) -> NamedTensors:
+        """Returns memory for copies of fp32 tensors, flattened, under their names.
 
         Raises:
             CheckpointError: There is not enough memory.
@@ -112,8 +112,6 @@ class HostMemory:
                     f"({str(error).splitlines()[0]}); set checkpoint.asynchronous=false, which needs no copy"
                 ) from error
         parts = self.buffer[:numel].split([tensor.numel() for _, tensor in tensors])
-        for part, (_, tensor) in zip(parts, tensors, strict=True):
-            part.copy_(tensor, non_blocking=True)
         return [(name, part) for part, (name, _) in zip(parts, tensors, strict=True)]
 
 
@@ -122,50 +120,88 @@ class Snapshot:
     """What a rank contributes to a save.
 
     Attributes:
-        tensors: The tensors of its file.
+        tensors: The tensors of its file, to be read after `read` alone.
         runs: The fragments that these are.
         has_moments: Whether moments are among them; None where the rank owns nothing.
         momentum_only: Parameters of which the first moment is among them, and no second one.
-        wait: Waits until copies from a GPU are complete; returns the checksums of parameters that others hold too.
+        read: Reads what training changes; for the writer's thread. Returns the checksums of parameters that others hold
+            too.
+        before_change: To be called before weights or moments change: waits until they have been read.
     """
 
     tensors: NamedTensors
     runs: list[ElementRun]
     has_moments: bool | None
     momentum_only: frozenset[str]
-    wait: Callable[[], Digests]
+    read: Callable[[], Digests]
+    before_change: Callable[[], object]
 
 
 def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | None) -> Snapshot:
     """Starts a snapshot of the weights and moments of an engine that a rank owns.
 
-    Checksums are computed of `copied` (from `copies.copied_parameters`). The tensors are copied into `memory`, so that
-    training continues while they are written; without it no copy is made.
+    Checksums are computed of `copied` (from `copies.copied_parameters`). The tensors are copied into `memory` while
+    training goes on to its next update, where it waits for the copies: on a GPU they run on a stream of their own,
+    from host memory in the writer's thread. Without `memory` no copy is made.
     """
     failpoints.reached("snapshot")
     owned = [fragment for fragment in engine.owned_fragments(with_moments=True) if fragment.values.numel() > 0]
-    keys, values = digests_on_device(engine.held_fragments(with_moments=True), copied)
+    held, device = engine.held_fragments(with_moments=True), engine.topology.device
     found = [(part, fragment, tensor.detach()) for fragment in owned for part, tensor in parts_of(fragment)]
     found.sort(key=lambda item: PARTS.index(item[0]))  # all weights, then all first moments, then all second ones
-    tensors = [(tensor_key(part, fragment.name, fragment.start), tensor) for part, fragment, tensor in found]
-    if memory is not None:
-        tensors = memory.copy(tensors)
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    host.copy_(values, non_blocking=True)
-    event = None
-    if engine.topology.device.type == "cuda":
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(engine.topology.device))
+    sources = [(tensor_key(part, fragment.name, fragment.start), tensor) for part, fragment, tensor in found]
+    targets = sources if memory is None else memory.parts_for(sources)
 
-    def wait() -> Digests:
-        if event is not None:
-            event.synchronize()
-        return collect(keys, host.tolist())
+    def start_reading() -> Callable[[], Digests]:
+        """Starts copies and checksums on the current stream; the function that it returns is for after their end."""
+        failpoints.reached("copy")
+        for (_, target), (_, source) in zip(targets, sources, strict=True):
+            if target is not source:
+                target.copy_(source, non_blocking=True)
+        keys, values = digests_on_device(held, copied)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
+        return lambda: collect(keys, host.tolist())
 
+    read, before_change = _reading(start_reading, device, all(tensor.is_cuda for _, tensor in sources))
     runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
     has_moments = owned[0].exp_avg is not None if owned else None
     momentum_only = frozenset(fragment.name for fragment in owned if has_moments and fragment.exp_avg_sq is None)
-    return Snapshot(tensors, runs, has_moments, momentum_only, wait)
+    return Snapshot(targets, runs, has_moments, momentum_only, read, before_change)
+
+
+def _reading(
+    start: Callable[[], Callable[[], Digests]], device: torch.device, is_on_device: bool
+) -> tuple[Callable[[], Digests], Callable[[], object]]:
+    """Returns `read` and `before_change` of a snapshot, see there, of which `start` starts the work on a stream."""
+    if device.type == "cuda" and is_on_device:
+        training, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(training)
+        with torch.cuda.stream(stream):
+            digests = start()
+            event = torch.cuda.Event()
+            event.record(stream)
+
+        def read_from_device() -> Digests:
+            event.synchronize()
+            return digests()
+
+        return read_from_device, lambda: torch.cuda.current_stream(device).wait_event(event)
+
+    is_read = threading.Event()
+
+    def read() -> Digests:
+        try:
+            if device.type != "cuda":
+                return start()()
+            with torch.cuda.device(device):  # a thread begins with the first one
+                digests = start()
+                torch.cuda.synchronize(device)
+                return digests()
+        finally:
+            is_read.set()
+
+    return read, is_read.wait
 
 
 @dataclass
@@ -222,7 +258,7 @@ def write_share(
 
     report = RankReport(topology.rank, topology.tensor_rank, topology.pipeline_rank, snapshot.has_moments)
     report.momentum_only = snapshot.momentum_only
-    report.digests = snapshot.wait()
+    report.digests = snapshot.read()
     report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
     specs = {name: spec_of(tensor) for name, tensor in snapshot.tensors}
     with system_errors("written", folder):

@@ -45,10 +45,12 @@ class Engine(ABC):
             optimizer was another one until then. AdamW counts its updates from there.
         num_skipped: Updates left out so far, overflows included.
         deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
+        before_change: Called before weights or moments change; who reads them meanwhile sets it. None: nobody does.
     """
 
     module: nn.Module
     deepspeed_engine: Any
+    before_change: Callable[[], None] | None = None
     _view: MasterView
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology, adam_begun_at: Mapping[str, int]) -> None:
@@ -207,12 +209,17 @@ class Engine(ABC):
         if not self._was_applied:
             self._view.skip_update()
             return
+        self._announce_change()
         if self._matrix_optimizer is not None:
             self._view.adam.create_momentum()
             masters = {each.name: each for each in self._view.weights(with_moments=True)}
             factor = clipping_factor(proposal.gradient_norm, limit) / (self._loss_scale() or 1.0)
             self._matrix_optimizer.update(masters, self._view.gradients(), factor, self._learning_rate)
         self._view.update(proposal.gradient_norm, limit)
+
+    def _announce_change(self) -> None:
+        if self.before_change is not None:
+            self.before_change()
 
     def _on_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Copies tensors of a batch to the device, from pinned memory, so that the host does not wait for it."""
@@ -261,6 +268,7 @@ class Engine(ABC):
             factors: By parameter, one number per row of the global tensor (per element, of a vector), on the host. The
                 same on every rank; a rank ignores parameters that it does not hold. Of parameters sharded by rows only.
         """
+        self._announce_change()
         for fragment in self._view.weights(with_moments=False):
             if fragment.name not in factors:
                 continue
@@ -328,6 +336,7 @@ class Engine(ABC):
             with_moments: Whether the moments come back too; without them the optimizer starts anew.
         """
         assert state is not None or not with_moments
+        self._announce_change()
         self.adam_begun_at = state["adam_begun_at"] if state is not None and with_moments else {}
         if with_moments:
             self._view.adam.create()

@@ -4,9 +4,11 @@ The tests run a covering subset; `python -m tests.distributed.all_layouts` runs 
 docs/checkpoints.md.
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -89,17 +91,19 @@ def continue_training(engine: Engine) -> Account:
 
 
 def save(rank: int, world_size: int, config: Config, folder: Path) -> Account:
-    """Trains, saves, and continues without interruption."""
-    from mlra_scale.checkpoint import Saver
+    """Trains, saves, and continues without interruption, to updates that the save is slower than."""
+    from mlra_scale.checkpoint import Saver, failpoints
 
     engine = start(config, world_size, canonical_weights(config.model))
     for step in range(SAVED_AT):
         engine.train_batch(micro_batches(engine, step), config.optim.lr)
     saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=True)
     state = {"engine": engine.training_state()}
-    saver.save(engine, SAVED_AT, state, engine.buffers(), config.to_yaml(), None)
-    saver.finish()
-    return continue_training(engine)
+    with mock.patch.object(failpoints, "reached", lambda point: time.sleep(0.2 * (point == "copy"))):
+        saver.save(engine, SAVED_AT, state, engine.buffers(), config.to_yaml(), None)
+        account = continue_training(engine)
+        saver.finish()
+    return account
 
 
 def load(rank: int, world_size: int, config: Config, folder: Path) -> Account:

@@ -179,3 +179,38 @@ def test_copies_are_held_and_not_owned(worker_pool: Pools) -> None:
         assert "embedding.weight" in held and ("embedding.weight" in owned) == (stage == 0)
         norm = f"blocks.{2 * stage}.mlp_norm.weight"
         assert norm in held and (norm in owned) == (tensor_rank == 0)
+
+
+def weights(engine: Engine) -> dict[tuple[str, int], list[float]]:
+    """Copies of the weights that this rank holds."""
+    return {key: tensors[0].tolist() for key, tensors in capture(engine).items()}
+
+
+def changes(rank: int, world_size: int, config: Any) -> list[int]:
+    """Counts, after each of four calls, how often somebody who reads the weights was asked."""
+    engine, asked, counts = start(config, world_size), list[bool](), list[int]()
+    before = weights(engine)
+    step, weight = micro_batches(engine, 0), "blocks.0.attention.q.up.weight"
+
+    def ask() -> None:
+        assert weights(engine) == before
+        asked.append(True)
+
+    engine.before_change = ask
+    calls: list[Callable[[], object]] = [
+        lambda: engine.train_batch(step, 1e-3, lambda _: False),
+        lambda: engine.train_batch(step, 1e-3),
+        lambda: engine.scale_rows({weight: torch.full((engine.table[weight].shape[0],), 0.5)}),
+        lambda: engine.restore(lambda fragment: None, engine.training_state(), with_moments=True),
+    ]
+    for call in calls:
+        call()
+        counts.append(len(asked))
+        before = weights(engine)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(data=2, stage=1), Layout(pipeline=2)], ids=str)
+def test_who_reads_weights_is_asked_before_they_change(worker_pool: Pools, layout: Layout) -> None:
+    assert worker_pool(2).run(changes, layout_config(layout)) == [[0, 1, 2, 3]] * 2

@@ -64,7 +64,7 @@ def fail_on_one_rank(rank: int, world_size: int, folder: str) -> list[tuple[str,
     saver.finish()
     original = failpoints.reached
     for bad in range(world_size):
-        for point in ("snapshot", "file-open", "mid-file", "file-complete"):
+        for point in ("snapshot", "copy", "file-open", "mid-file", "file-complete"):
             failpoints.reached = partial(fail_at, point if rank == bad else "nowhere")
             polls = 0
             try:
@@ -88,7 +88,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path, worker_pool: Po
         assert [entry[:3] for entry in found] == [entry[:3] for entry in results[0]]
         for number, (point, text, _, files) in enumerate(found):
             assert point in FAILPOINTS
-            assert f"the save of step 2 failed: rank {number // 4}: " in text and "No space left" in text
+            assert f"the save of step 2 failed: rank {number // 5}: " in text and "No space left" in text
             # Rank 0 removes the folder before it raises; rank 1 may look a moment earlier.
             assert rank == 1 or files == ["latest", "step-00000001"]
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]

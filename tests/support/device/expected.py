@@ -252,7 +252,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "writing": (
         Wait(
             "event.synchronize",
-            "mlra_scale/checkpoint/saving.py:take_snapshot",
+            "mlra_scale/checkpoint/saving.py:_reading",
             1,
             "the writer's thread waits until the copies are complete; training does not",
         ),

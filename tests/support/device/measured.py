@@ -123,4 +123,4 @@ def _snapshot(rank: TracedRank) -> None:
     with rank.trace.phase("snapshot"):
         snapshot = take_snapshot(rank.engine, copied, HostMemory())
     with rank.trace.phase("writing"):
-        snapshot.wait()
+        snapshot.read()

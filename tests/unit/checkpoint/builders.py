@@ -145,6 +145,7 @@ class FakeEngine:
     loaded_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     can_count: bool = True
     fragments: list[Fragment] = field(default_factory=list)
+    before_change: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.table = ParameterTable(self.model)

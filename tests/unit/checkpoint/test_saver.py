@@ -30,6 +30,8 @@ def engine_of(group: Any, seed_of_change: float = 0.0) -> Any:
 
 def change(engine: Any, amount: float) -> None:
     """What training does to the values."""
+    if engine.before_change is not None:
+        engine.before_change()
     for fragment in engine.fragments:
         for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq):
             values.add_(amount)
@@ -97,6 +99,38 @@ def test_training_continues_while_a_checkpoint_is_written(
         for name, tensor in tensors.items():
             assert torch.equal(store.tensor(name, part), tensor)  # type: ignore[arg-type]
     assert (saver.poll(), saver.finish(), hidden(tmp_path)) == ([], [], [])
+
+
+def test_an_update_waits_until_its_values_are_copied(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, saver = engine_of(one_process), saver_of(tmp_path, one_process)
+    with held_at(monkeypatch, "copy") as release:
+        save(saver, engine, 1)
+        assert saver.poll() == []
+        update = threading.Thread(target=change, args=(engine, 1.0), daemon=True)
+        update.start()
+        update.join(0.2)
+        assert update.is_alive()
+        release.set()
+        update.join(30)
+        assert not update.is_alive() and engine.before_change is None
+    (finished,) = saver.finish()
+    assert finished.stall_seconds >= 0.2
+    for part, tensors in all_parts().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(Store.open(finished.path).tensor(name, part), tensor)  # type: ignore[arg-type]
+
+
+def test_an_update_does_not_wait_for_a_copy_that_failed(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, saver = engine_of(one_process), saver_of(tmp_path, one_process)
+    monkeypatch.setattr(failpoints, "reached", failing("copy", RuntimeError("a fault of the device")))
+    save(saver, engine, 1)
+    change(engine, 1.0)
+    with pytest.raises(CheckpointError, match="rank 0: RuntimeError: a fault of the device"):
+        saver.finish()
 
 
 def test_polling_is_enough(tmp_path: Path, one_process: Any) -> None:
@@ -184,7 +218,7 @@ def test_a_failure_leaves_what_was_there(
         save(saver, engine, 2)
         saver.finish()
     assert "the save of step 2 failed: rank 0: " in str(caught.value)
-    if point != "snapshot":
+    if point not in ("snapshot", "copy"):
         assert "free space on the disk" in str(caught.value)
     assert saver.poll() == []
     has_name = point == "before-latest"
