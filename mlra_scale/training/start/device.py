@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.config import Config, ConfigError, Problem, offload_optimizer
 from mlra_scale.planning.cluster import cluster_of_device
+
+_LONGEST_BUILD_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,11 @@ def resolve_device(config: Config) -> str:
 
 
 def check_device(config: Config) -> list[Problem]:
-    """Finds out whether this process has the device that it needs."""
-    if resolve_device(config) == "cpu":
+    """Finds out whether this process has the device that it needs, and whether DeepSpeed can load its operators."""
+    device = resolve_device(config)
+    if locked := _locked_operator(config, device):
+        return [locked]
+    if device == "cpu":
         return []
     import torch
 
@@ -139,6 +145,19 @@ def check_device(config: Config) -> list[Problem]:
         name = torch.cuda.get_device_name()
         return [Problem("train.precision", "bf16", f"{name} has no bf16; use train.precision=fp16 or fp32")]
     return []
+
+
+def _locked_operator(config: Config, device: str) -> Problem | None:
+    """Finds an operator that DeepSpeed builds at its first use, and would wait for: a killed build leaves its lock."""
+    operators = ["cpu_adam"] if offload_optimizer(config) else ["fused_adam"] * (device == "cuda")
+    operators += ["deepspeed_shm_comm"] * (device == "cpu")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    for lock in (found for name in operators for found in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock"))):
+        with contextlib.suppress(OSError):  # it has just been removed
+            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+                remedy = "is left from a build of a DeepSpeed operator that was killed, and is waited for without end; "
+                return Problem("TORCH_EXTENSIONS_DIR", str(lock), remedy + "remove it, unless something compiles there")
+    return None
 
 
 def set_device_environment(

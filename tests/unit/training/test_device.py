@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,23 @@ def test_bf16_that_the_gpu_only_emulates_is_refused(monkeypatch: pytest.MonkeyPa
     problems = check_device(load_config("debug", overrides=["train.device=cuda", "train.precision=bf16"]))
     assert [problem.field for problem in problems] == ([] if has_bf16 else ["train.precision"])
     assert has_bf16 or "V100 has no bf16; use train.precision=fp16 or fp32" in problems[0].remedy
+
+
+@pytest.mark.parametrize("folder", ["cpu_adam", "py311_cpu/cpu_adam"])
+def test_the_lock_of_a_build_that_was_killed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / folder / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    offloading = ["deepspeed.zero_optimization={stage: 2, offload_optimizer: {device: cpu}}", "train.device=cpu"]
+    offloaded, plain = (load_config("debug", overrides=overrides) for overrides in (offloading, offloading[1:]))
+    assert check_device(offloaded) == [], "somebody builds it now"
+    os.utime(lock, (0, 0))
+    (problem,) = check_device(offloaded)
+    assert problem.value == str(lock) and "remove it" in problem.remedy
+    assert check_device(plain) == [], "which does not load it"
 
 
 def test_many_processes_that_do_not_know_of_each_other_are_refused() -> None:
