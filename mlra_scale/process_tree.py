@@ -1,13 +1,17 @@
-"""Processes of one machine (Linux): descendants and state of a process; how a process ends with its parent."""
+"""Processes of one machine (Linux): descendants, state and priority; how a process ends with its parent."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import psutil
 
@@ -23,6 +27,41 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the process that started this one has ended already")
+
+
+def at_low_priority(function: Callable[..., object], *arguments: Any) -> None:
+    """Calls a function in a thread of the lowest priority, and waits for it; an error in it is raised here.
+
+    Linux has a priority for each thread: that of this one, which it could not raise again, stays.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        os.nice(19)
+        try:
+            function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="low priority")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without the interpreter's clearing up, which takes a second once torch is loaded.
+
+    Threads that are no daemons, and what is registered for the end of the process, come before, as they do there. The
+    job waits for the end of every rank before it starts others.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def descendants(pid: int) -> list[int]:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Before the other imports, which take seconds.
+    import gc
+
     from mlra_scale.console import make_unfailing
     from mlra_scale.training.interruption import Interruption
 
+    gc.disable()  # until everything is imported; see _train
     make_unfailing()
     INTERRUPTION = Interruption().until_exit()
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -175,6 +179,11 @@ def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: 
         # This imports DeepSpeed, which chooses its accelerator when it is imported.
         from mlra_scale.training.loop.trainer import launch
 
+        if not gc.isenabled():
+            # A program's main module has switched it off: the collector finds nothing in what imports leave behind, and
+            # looking for it again and again is a fifth of their time. Nor does it look there from here on.
+            gc.freeze()
+            gc.enable()
         return launch(request, run, watchdog, interruption)
 
 

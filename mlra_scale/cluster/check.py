@@ -9,6 +9,7 @@ DeepSpeed's JSON; on a login node not the GPUs, which are elsewhere, but whether
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -231,4 +232,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # see train.py; this process soon ends
     sys.exit(main())

@@ -55,9 +55,9 @@ class _Message(BaseModel):
 class Heartbeat(_Message):
     """A sign of life of a rank, by its global number.
 
-    `phase` is one of `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `rolling
-    back`, `exporting`, `ending`, and began `seconds` ago; a step of training begins it anew. `location` is where the
-    main thread is.
+    `phase` is one of `waiting`, `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`,
+    `rolling back`, `exporting`, `ending`, and began `seconds` ago; a step of training begins it anew. `location` is
+    where the main thread is.
     """
 
     rank: _Count

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkpoint, optimizers, preparation, render, scaling, step_time
+from benchmarks import checkpoint, optimizers, preparation, render, restart, scaling, step_time
 from benchmarks.contenders import PlainGPT2, Shape, Step, TransformersGPT2, config_of, step_of_module
 from benchmarks.harness import Report, Table, ratios, rotated, text_of
 from benchmarks.tensor_memory import start
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape("test", num_layers=3, hidden_size=48, num_heads=4, batch_size=3, sequence_length=16, vocab_size=384)
 
 
-def run_quick(name: str, file: Path, *words: str) -> tuple[str, dict[str, Any]]:
+def run_quick(name: str, file: Path, *words: str, timeout: float = 300.0) -> tuple[str, dict[str, Any]]:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(file), *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, json.loads(file.read_text())
 
@@ -42,7 +42,7 @@ def spreads_of(report: dict[str, Any]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "benchmark", [checkpoint, optimizers, preparation, scaling, step_time], ids=lambda it: it.__name__
+    "benchmark", [checkpoint, optimizers, preparation, restart, scaling, step_time], ids=lambda it: it.__name__
 )
 def test_benchmarks_refuse_at_once(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [(["--rounds", "1"], "--rounds 1: a spread needs at least 2")]
@@ -197,6 +197,17 @@ def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     text, report = run_quick("checkpoint", tmp_path / "report.json", "--device", "cpu", "--folder", str(disk))
     assert report["numbers"]["bytes"] > 0 and len(spreads_of(report)) == 4 and report["environment"]["disk"] in text
     assert list(disk.iterdir()) == []
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1000)
+def test_restart_kills_a_rank_and_a_node_with_and_without_spares(tmp_path: Path) -> None:
+    _, report = run_quick("restart", tmp_path / "report.json", timeout=900.0)
+    numbers = report["numbers"]
+    assert [len(marks) for marks in numbers["starts"]["training"]] == [len(restart.PHASES)] * 2
+    for rounds in numbers["restarts"].values():
+        assert len(rounds) == 2 and all(seconds > 0.0 for each in rounds for seconds in each.values())
+    assert len(spreads_of(report)) == 5
 
 
 @pytest.mark.slow

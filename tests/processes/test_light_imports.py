@@ -10,6 +10,9 @@ import pytest
 from tests.unit.test_imports import PACKAGE, ROOT
 
 LIBRARIES = {"torch", "deepspeed", "megatron", "transformers", "numpy"}
+# What a training loads only where it is asked for, or after its first step has begun.
+OPTIONAL = {"wandb", "tensorboard", "transformers", "datasets", "huggingface_hub", "lm_eval", "lightning", "requests"}
+OPTIONAL |= {"pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "triton", "torch._dynamo", "torch._inductor"}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,7 @@ LIBRARIES = {"torch", "deepspeed", "megatron", "transformers", "numpy"}
         ("checkpoint.huggingface.tensors", LIBRARIES - {"torch", "numpy"}),
         ("evaluation.models", {"deepspeed", "megatron"}),
         ("data.prepare", LIBRARIES - {"numpy"}),
+        pytest.param("training.loop.trainer", OPTIONAL, marks=pytest.mark.slow),
     ],
 )
 def test_what_reads_configurations_and_weights_loads_no_heavy_library(module: str, heavy: set[str]) -> None:

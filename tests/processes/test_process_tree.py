@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mlra_scale.process_tree import descendants, process_state
+from mlra_scale.process_tree import at_low_priority, descendants, process_state
 from tests.support.waiting import all_end, eventually
 
 GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
@@ -101,3 +101,12 @@ def test_without_free_descriptors_a_state_is_unknown(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(psutil.Process, "status", fail)
     assert process_state(os.getpid()) == ""
+
+
+def test_a_low_priority_is_that_of_a_thread() -> None:
+    """A process that has lowered its own could not raise it again."""
+    before, inside = os.getpriority(os.PRIO_PROCESS, 0), []
+    at_low_priority(lambda number: inside.append((number, os.getpriority(os.PRIO_PROCESS, 0))), 7)
+    assert inside == [(7, 19)] and os.getpriority(os.PRIO_PROCESS, 0) == before
+    with pytest.raises(ZeroDivisionError):
+        at_low_priority(lambda: 1 / 0)

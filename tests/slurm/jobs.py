@@ -45,6 +45,8 @@ TINY = (
     "optim.lr=3e-3",
     # So that a run is the same whatever the planner thinks of this machine.
     "parallel.layout=manual",
+    # The processes of ranks are those that train; the test of spares switches them on.
+    "cluster.spares=false",
     f"checkpoint.every={max(2, STEPS // 12)}",
 )
 # No GPU, and a share of a node, so that several jobs fit; everything else is as it stands in the file.
@@ -123,8 +125,14 @@ class Submitted:
         return any(attempt["first_step_seconds"] is not None for attempt in attempts)
 
     def rank_pids(self, node: str) -> list[int]:
-        """Processes of the ranks on a node."""
-        return [pid for pid in self.cluster.processes(node) if b"mlra_scale.cluster.rank" in _command(pid)]
+        """Processes of the ranks on a node that train."""
+        logs = f"/logs/attempt-{len(self.job_file()['attempts']):03d}\0".encode()
+        name, pids = b"mlra_scale.cluster.rank", self.cluster.processes(node)
+        return [pid for pid in pids if name in _of_process(pid, "cmdline") and logs in _of_process(pid, "environ")]
+
+    def wait_for_spares(self, number: int) -> None:
+        """Waits until so many sets of spare ranks have been ready, the present one included."""
+        wait_until(lambda: self.text().count("spare ranks have loaded") == number, PATIENCE, self.text)
 
     def signal_rank(self, node: str, number: signal.Signals) -> None:
         """Sends a signal to the first rank on a node."""
@@ -140,9 +148,9 @@ class Submitted:
         return [attempt["end"] for attempt in self.job_file()["attempts"]]
 
 
-def _command(pid: int) -> bytes:
+def _of_process(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
         return b""
 

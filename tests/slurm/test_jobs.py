@@ -149,8 +149,10 @@ def test_requeue_sigterm_and_time_limit_lose_nothing(cluster: SlurmCluster, refe
 def test_a_killed_and_a_stopped_rank_are_named_and_the_run_continues(
     cluster: SlurmCluster, reference: Reference, start: Start
 ) -> None:
-    overrides = (*PIPELINE, *ENDLESS, "cluster.hang_minutes=0.5")
+    """The ranks that follow the first end have waited for it."""
+    overrides = (*PIPELINE, *ENDLESS, "cluster.hang_minutes=0.5", "cluster.spares=true")
     job = start("train_mlra_72L.sh", *WITH_ZERO1, *overrides)
+    job.wait_for_spares(1)
     job.wait_for_step(EARLY)
     second = job.nodes()[1]
     killed_at = timed(lambda: job.signal_rank(second, signal.SIGKILL))
@@ -162,6 +164,7 @@ def test_a_killed_and_a_stopped_rank_are_named_and_the_run_continues(
     text, attempts = job.text(), job.job_file()["attempts"]
     assert job.ends() == ["failed", "hung", "preempted"]
     assert cluster.job(job.job_id)["Restarts"] == "0", "the job stayed in its allocation"
+    assert "the spare ranks begin" in text[: text.index("attempt 2: training since")]
     assert f"rank 1 on {second} was killed by SIGKILL" in attempts[0]["reason"]
     assert "rank 0 no sign of life" in attempts[1]["reason"] and ": stopped)" in attempts[1]["reason"]
     stacks = job.run / "logs" / "attempt-002" / "rank-00001.stacks"

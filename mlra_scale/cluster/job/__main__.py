@@ -9,7 +9,6 @@ are left, else through the queue, without the nodes that were found to be bad.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import subprocess
@@ -19,14 +18,15 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
-from typing import IO
 
 from mlra_scale.cluster import slurm
 from mlra_scale.cluster.check import CheckResult, check_on_this_node, overrides_of_ranks, with_absolute_paths
-from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
+from mlra_scale.cluster.job.attempt import AttemptRunner
+from mlra_scale.cluster.job.console import Console, in_words
 from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
+from mlra_scale.cluster.job.spare import Spare
+from mlra_scale.cluster.job.step import AttemptPlan
 from mlra_scale.cluster.job_file import (
     JobAttempt,
     JobFile,
@@ -73,6 +73,8 @@ class Job:
     """
 
     _file: JobFile
+    _plan: AttemptPlan
+    _started: float
 
     def __init__(
         self,
@@ -93,7 +95,9 @@ class Job:
         self._checks: dict[int, CheckResult] = {}  # by number of nodes; those that have found nothing wrong
         self._too_few: set[int] = set()  # numbers of nodes that a check has refused
         self._usable = list(allocation.nodes)
-        self._console: IO[bytes] | None = None
+        console = Console(self._run.logs / "console.log")
+        self._say, self._print = console.say, console.print
+        self._spare = Spare(self._runner, self._say)
 
     def run(self) -> int:
         """Runs the job under the lock of its run directory; job.json has the state in which it ended, however it ended.
@@ -118,6 +122,7 @@ class Job:
                         return self._run_attempts()
                     except BaseException as error:
                         traceback.print_exc()
+                        self._spare.discard()
                         code = self._fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
                         if isinstance(error, Exception):
                             return code
@@ -180,9 +185,12 @@ class Job:
                 self._config.cluster,
                 self._is_stop_asked(),
             )
+            seconds = seconds_before_restart(self._file.ends)
+            if decision.action != "restart" or seconds:
+                self._spare.discard()
             if decision.action != "restart":
                 return self._carry_out(decision, end)
-            if seconds := seconds_before_restart(self._file.ends):
+            if seconds:
                 self._say(f"waits {seconds:.0f} s before it starts again")
                 wait_for_stop(seconds, self._is_stop_asked)
             self._say(f"restarts on {len(decision.nodes)} node(s)")
@@ -279,23 +287,19 @@ class Job:
         attempt = JobAttempt(number, self._allocation.job_id, list(nodes), len(nodes) * self._settings.processes)
         self._file.attempts.append(attempt)
         self._file.become("pending")
-        checkpoints_before, started = num_checkpoints(self._run), time.monotonic()
-
-        def on_progress() -> None:
-            if attempt.first_step_seconds is None:
-                attempt.first_step_seconds = round(time.monotonic() - started, 1)
-                self._file.become("running")
-                self._say(f"attempt {number}: training since {attempt.first_step_seconds:.1f} s after its start")
-
+        checkpoints_before, self._started = num_checkpoints(self._run), time.monotonic()
         self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
         try:
-            plan = self._plan(nodes, number)
-            end = AttemptRunner(plan, self._print, self._say, self._is_stop_asked, on_progress).run()
+            self._plan = self._plan_of(nodes, number)
+            spare = self._spare.take(self._plan)
+            if spare is not None:
+                self._say("the spare ranks begin")
+            end = (spare or self._runner(self._plan)).run(self._tend_spare)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             # A full disk, a file server or Slurm's controller that does not answer, no descriptor or thread left: as
             # with a rank that fails, a later attempt may succeed.
             kind: EndKind = "preempted" if self._is_stop_asked() else "failed"
-            end = End(kind, f"the job's own process failed: {_in_words(error)}")
+            end = End(kind, f"the job's own process failed: {in_words(error)}")
         end = replace(end, reason=recorded_reason(self._run, end.kind, attempt) or end.reason)
         attempt.end, attempt.reason, attempt.ended, attempt.failures = end.kind, end.reason, now(), [*end.failures]
         attempt.has_progressed = num_checkpoints(self._run) > checkpoints_before
@@ -304,7 +308,24 @@ class Job:
         self._say(f"attempt {number} ended: {end.kind}: {end.reason}")
         return end
 
-    def _plan(self, nodes: tuple[str, ...], number: int) -> AttemptPlan:
+    def _runner(self, plan: AttemptPlan) -> AttemptRunner:
+        return AttemptRunner(plan, self._print, self._say, self._is_stop_asked, self._note_progress)
+
+    def _note_progress(self) -> None:
+        attempt = self._file.attempts[-1]
+        if attempt.first_step_seconds is None:
+            attempt.first_step_seconds = round(time.monotonic() - self._started, 1)
+            self._file.become("running")
+            self._say(f"attempt {attempt.number}: training since {attempt.first_step_seconds:.1f} s after its start")
+            if self._config.cluster.spares:
+                self._spare.plan(self._plan, attempt.number + 1)
+
+    def _tend_spare(self) -> None:
+        if self._is_stop_asked():
+            self._spare.discard()
+        self._spare.tend()
+
+    def _plan_of(self, nodes: tuple[str, ...], number: int) -> AttemptPlan:
         config, settings, here = self._config, self._settings, self._allocation.here
         layout = self._checks.get(len(nodes), CheckResult()).overrides
         world_size = len(nodes) * settings.processes
@@ -351,27 +372,6 @@ class Job:
         self._file.become("failed", reason)
         self._say(f"the job ends and is not queued again: {reason}")
         return code
-
-    def _say(self, text: str) -> None:
-        line = f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n"
-        self._print(line.encode(errors="backslashreplace"))
-
-    def _print(self, text: bytes) -> None:
-        # Where a disk is full, the run continues as long as its checkpoints find room.
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.buffer.write(text)
-            sys.stdout.buffer.flush()
-        with contextlib.suppress(OSError):
-            if self._console is None:
-                self._console = (self._run.logs / "console.log").open("ab", buffering=0)
-            self._console.write(text)
-
-
-def _in_words(error: Exception) -> str:
-    if not isinstance(error, OSError) or error.strerror is None:
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    remedy = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{error.filename or 'an operation without a file'}: {error.strerror}{remedy}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

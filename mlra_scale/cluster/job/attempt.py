@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import secrets
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub, endpoint, free_port, listening_host
+from mlra_scale.cluster.channel import Hub
 from mlra_scale.cluster.job.policy import End, EndKind, are_meeting, describe, hang_seconds, suspects
+from mlra_scale.cluster.job.step import AttemptPlan, start_step
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
-from mlra_scale.cluster.settings import LauncherSettings
-from mlra_scale.cluster.slurm import SlurmError, end_process, hostnames, slurm_environment, step_command
+from mlra_scale.cluster.slurm import SlurmError, end_process, hostnames
 from mlra_scale.cluster.versions import odd_ones, versions
-from mlra_scale.config import ClusterConfig
-from mlra_scale.files import write_atomically
 from mlra_scale.training.exit_codes import ExitCode
 
 _FINAL: dict[ExitCode, EndKind] = {
@@ -47,34 +43,14 @@ _BROKEN_SECONDS = 2.0
 and how long the last messages of a task may take to arrive."""
 _KILL_SECONDS = 30.0
 """How long killed ranks and their nodes' agents may take to be gone."""
+_DISCARD_SECONDS = 2.0
+"""How long ranks that have not begun may take to end, and then srun."""
 _TASK_ENDED = re.compile(rb"srun: error: (\S+): tasks? [\d,-]+: (.+)")
 """What srun prints when tasks of it end badly, with the nodes that they ran on."""
 _SRUN_SECONDS = 3.0
+"""How long srun may take to end ranks that nothing is heard of."""
+_GONE_SECONDS = 0.5
 """How long srun may take to end when only lost nodes have not: it would wait until Slurm has given them up."""
-
-
-@dataclass(frozen=True)
-class AttemptPlan:
-    """What an attempt starts.
-
-    Attributes:
-        nodes: Names, in order of their ranks.
-        here: Name of this process's node.
-        addresses: At which other nodes reach these nodes and `here`, by name.
-        training: Arguments of the training.
-        logs: Folder for the logs of this attempt.
-        settings, cluster: How ranks are started, with what memory and cores, and the limits of time of each phase.
-        hang_seconds: No progress for so long is a hang.
-    """
-
-    nodes: tuple[str, ...]
-    here: str
-    addresses: Mapping[str, str]
-    training: tuple[str, ...]
-    logs: Path
-    settings: LauncherSettings
-    cluster: ClusterConfig
-    hang_seconds: float
 
 
 @dataclass
@@ -115,7 +91,9 @@ class AttemptRunner:
         is_stop_asked: Callable[[], bool],
         on_progress: Callable[[], None],
     ) -> None:
-        self._plan, self._write_output, self._say = plan, write_output, say
+        self._plan, self._write_output = plan, write_output
+        self._is_spare = False
+        self._say = lambda text: None if self._is_spare else say(text)
         self._is_stop_asked, self._on_progress = is_stop_asked, on_progress
         self._started = time.monotonic()
         self._nodes = {name: _Node(self._started) for name in plan.nodes}
@@ -125,63 +103,91 @@ class AttemptRunner:
         self._stopping_since: float | None = None
         self._kill_at: float | None = None
         self._killed_at: float | None = None
-        self._pinged_at = 0.0
+        self._told_at = 0.0
+        self._step: tuple[Hub, subprocess.Popen[bytes]] | None = None
         self._ended_tasks: list[tuple[float, str, str]] = []
 
-    def run(self) -> End:
-        """Starts the ranks and waits for their end.
+    def prepare(self, is_spare: bool = False) -> None:
+        """Starts the nodes' agents and their ranks, which load their libraries and wait.
+
+        `is_spare`: they do so at low priority, while others train on the nodes; until `run` nothing of them is printed.
 
         Raises:
             OSError: The folder of the logs cannot be written, or srun cannot be started.
         """
-        plan, token, nonce = self._plan, secrets.token_hex(16), secrets.token_hex(8)
-        plan.logs.mkdir(parents=True, exist_ok=True)
-        # A node that does not find this there does not share the run directory.
-        write_atomically(plan.logs / "nonce", nonce)
-        host = listening_host(plan.addresses[plan.here], map(plan.addresses.__getitem__, plan.nodes))
-        with contextlib.closing(Hub(token, host)) as hub:
-            process = self._srun(hub.port, token, nonce)
+        self._is_spare, self._versions = is_spare, versions() if is_spare else {}
+        self._step = _, process = start_step(self._plan, is_spare)
+        self._output = threading.Thread(target=self._pump, args=(process.stdout,), daemon=True)
+        self._output.start()
+
+    def run(self, meanwhile: Callable[[], None] = lambda: None) -> End:
+        """Lets the ranks begin, which are started unless they are prepared, and waits for their end.
+
+        `meanwhile` is called several times a second.
+
+        Raises:
+            OSError: See `prepare`.
+        """
+        if self._step is None:
+            self.prepare()
+        assert self._step is not None
+        self._is_spare, self._started, self._told_at = False, time.monotonic(), 0.0
+        hub, process = self._step
+        with contextlib.closing(hub):
             try:
-                output = threading.Thread(target=self._pump, args=(process.stdout,), daemon=True)
-                output.start()
                 while process.poll() is None:
                     self._hear(hub, 0.25)
                     self._watch(hub)
                     self._end_if_due(hub, process)
+                    meanwhile()
                 while self._hear(hub, 0.25):  # what was on its way when srun ended
                     continue
                 self._find_unstarted()
-                output.join(10.0)
+                self._output.join(10.0)
             finally:
                 # After an error of this loop; the next attempt must not meet the ranks of this one.
                 end_process(process, _SRUN_SECONDS)
         return replace(self._judge(process.returncode), failures=tuple(map(str, self._ordered_failures())))
 
-    def _srun(self, port: int, token: str, nonce: str) -> subprocess.Popen[bytes]:
-        plan, settings, cluster = self._plan, self._plan.settings, self._plan.cluster
-        # A task's end is judged here, with what is known of all of them.
-        options = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", *settings.srun]
-        step = step_command(plan.nodes, cluster.step_memory, cluster.cpu_bind, options)
-        step += [*settings.python, "-u", "-m", "mlra_scale.cluster.node"]
-        step += [f"--job={endpoint(plan.addresses[plan.here], port)}"]
-        step += [f"--master={endpoint(plan.addresses[plan.nodes[0]], free_port())}"]
-        step += [f"--run-id={plan.logs.name}", f"--nodes={len(plan.nodes)}", f"--processes={settings.processes}"]
-        step += [f"--device={settings.device}", f"--logs={plan.logs}", f"--nonce={nonce}"]
-        step += [f"--start-seconds={60 * cluster.start_minutes}", f"--lost-seconds={cluster.lost_node_seconds}"]
-        return subprocess.Popen(
-            [*step, "--", *plan.training],
-            env={**slurm_environment(os.environ), TOKEN_VARIABLE: token},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # A signal to the job's process group is for the job, which passes it on in order.
-            start_new_session=True,
-        )
+    def wait(self) -> Literal["failed", "loading", "waiting"]:
+        """Hears of ranks that are prepared, and returns what they do, without a wait.
+
+        It is called often: nodes that do not hear the job end their ranks.
+        """
+        assert self._step is not None
+        hub, process = self._step
+        self._hear(hub, 0.0)
+        self._tell(hub, "none")
+        if process.poll() is not None or self._verdict is not None or self._kill_at is not None:
+            return "failed"
+        waiting = [rank for node in self._nodes.values() for rank in node.ranks if rank.heartbeat.phase == "waiting"]
+        return "waiting" if len(waiting) == len(self._nodes) * self._plan.settings.processes else "loading"
+
+    def can_begin(self) -> bool:
+        """Whether the ranks wait, and libraries and files are still those that they have loaded."""
+        heard_since = time.monotonic() - self._plan.cluster.lost_node_seconds
+        is_heard = self.wait() == "waiting" and all(node.heard > heard_since for node in self._nodes.values())
+        return is_heard and versions() == self._versions
+
+    def discard(self) -> None:
+        """Ends ranks that are prepared; when it returns they have ended, except on nodes that do not answer."""
+        if self._step is None:
+            return
+        (hub, process), self._killed_at = self._step, time.monotonic()
+        hub.send({"order": "kill"})
+        while time.monotonic() < self._killed_at + _DISCARD_SECONDS and process.poll() is None:
+            self._hear(hub, 0.1)
+            if all(node.is_gone or node.versions is None for node in self._nodes.values()):
+                break
+        end_process(process, _DISCARD_SECONDS)
+        hub.close()
+        shutil.rmtree(self._plan.logs, ignore_errors=True)
 
     def _pump(self, output: IO[bytes]) -> None:
         """Passes srun's output on, line by line; for a thread of its own."""
         for line in output:
-            self._write_output(line)
+            if not self._is_spare:
+                self._write_output(line)
             if found := _TASK_ENDED.match(line):
                 nodes, reason = (group.decode(errors="replace").strip() for group in found.groups())
                 self._ended_tasks.append((time.monotonic(), nodes, reason))
@@ -229,7 +235,7 @@ class AttemptRunner:
             node.ranks = [rank.model_copy(update={"node": name}) for rank in message.ranks]
             if any(rank.heartbeat.phase in _WORKING for rank in node.ranks):
                 self._on_progress()
-        if message.signalled:
+        if message.signalled and not self._is_spare:
             self._stop(hub, f"{name} was signalled")
         if message.failures is not None:
             node.has_ended = node.has_reported = True
@@ -253,10 +259,7 @@ class AttemptRunner:
     def _watch(self, hub: Hub) -> None:
         """Looks for what no message reports: a stop that was asked for, a silent node, ranks without progress."""
         now, limits = time.monotonic(), self._plan.cluster
-        if now - self._pinged_at > 1.0:
-            self._pinged_at = now
-            # Shows a node that the job lives; a stop also reaches nodes that have connected since it was asked for.
-            hub.send({"order": "none" if self._stopping_since is None else "stop"})
+        self._tell(hub, "begin" if self._stopping_since is None else "stop")
         if self._is_stop_asked():
             self._stop(hub, "the job was signalled")
         self._lose_unconnected()
@@ -276,6 +279,12 @@ class AttemptRunner:
             self._kill_after(0.0)
         else:
             self._look_for_hang(hub, ranks)
+
+    def _tell(self, hub: Hub, order: str) -> None:
+        """Repeats an order each second: it shows that the job lives, and reaches nodes that have connected since."""
+        if time.monotonic() - self._told_at > 1.0:
+            self._told_at = time.monotonic()
+            hub.send({"order": order})
 
     def _look_for_hang(self, hub: Hub, ranks: Sequence[RankStatus]) -> None:
         plan, start_seconds = self._plan, 60 * self._plan.cluster.start_minutes
@@ -352,7 +361,9 @@ class AttemptRunner:
             hub.send({"order": "kill"})
         if self._killed_at is None:
             return
-        if all(node.is_gone for node in self._nodes.values()) or now - self._killed_at > _KILL_SECONDS:
+        if all(node.is_gone for node in self._nodes.values()):
+            end_process(process, _GONE_SECONDS)
+        elif now - self._killed_at > _KILL_SECONDS:
             end_process(process, _SRUN_SECONDS)
 
     def _ordered_failures(self) -> list[RankFailure]:

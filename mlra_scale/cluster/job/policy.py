@@ -18,7 +18,7 @@ SILENT_SECONDS = 10.0
 """A process that works, waits or computes sends a heartbeat every second; after so many without one it stands still."""
 _NAMED = 8
 _MEETING = ("connecting", "checking")
-_BEFORE_TRAINING = ("starting", *_MEETING, "preparing")
+_BEFORE_TRAINING = ("waiting", "starting", *_MEETING, "preparing")
 
 
 def hang_seconds(ranks: Sequence[RankStatus]) -> tuple[float, bool]:

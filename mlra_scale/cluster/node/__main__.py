@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib
 import os
 import signal
 import socket
@@ -22,10 +24,18 @@ from typing import Any
 
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, printable
 from mlra_scale.cluster.node.watch import Watch, connect
-from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
+from mlra_scale.cluster.rank import (
+    AGENT_VARIABLE,
+    DEVICE_VARIABLE,
+    HEARTBEAT_VARIABLE,
+    LOGS_VARIABLE,
+    NODE_VARIABLE,
+    SPARE_VARIABLE,
+)
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
+from mlra_scale.cluster.rank.latch import Latch
 from mlra_scale.config import ConfigError
-from mlra_scale.process_tree import descendants
+from mlra_scale.process_tree import at_low_priority, descendants, leave
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.start.device import set_device_environment
 
@@ -46,6 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nonce", required=True, help="what the file of this name in that folder holds")
     parser.add_argument("--start-seconds", type=float, required=True, help="how long to wait for the other nodes")
     parser.add_argument("--lost-seconds", type=float, required=True, help="how long the job may be silent")
+    parser.add_argument("--spare", action="store_true", help="others train here until these ranks begin")
     parser.add_argument("training", nargs=argparse.REMAINDER)
     arguments = parser.parse_args(argv)
     arguments.training = arguments.training[1:] if arguments.training[:1] == ["--"] else arguments.training
@@ -78,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node_rank = int(os.environ.get("SLURM_PROCID", "0"))  # one task per node; SLURM_NODEID counts lost nodes too
-    heartbeats = HeartbeatSocket()
+    heartbeats, latch = HeartbeatSocket(), Latch(arguments.processes)
+    if not arguments.spare:
+        latch.open()
     link, logs = connect(arguments.job, node), arguments.logs
-    watch = Watch(link, heartbeats, logs, node_rank, arguments.lost_seconds, partial(descendants, os.getpid()))
+    watch = Watch(link, heartbeats, latch, logs, node_rank, arguments.lost_seconds, partial(descendants, os.getpid()))
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, watch.ask_to_stop)
     os.environ |= {
@@ -89,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         NODE_VARIABLE: node,
         DEVICE_VARIABLE: arguments.device,
         AGENT_VARIABLE: str(os.getpid()),
+        SPARE_VARIABLE: "1" if arguments.spare else "",
         # What NCCL was doing when ranks stopped hearing of each other: one file per rank, beside the logs.
         "TORCH_FR_DUMP_TEMP_FILE": f"{logs}/nccl-rank-",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{logs}/nccl-rank-",
@@ -96,20 +110,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ConfigError):  # the ranks report it
         set_device_environment(resolve(build_parser().parse_intermixed_args(arguments.training))[0], os.environ)
     bad_nodes = {node: fault} if (fault := folder_fault(logs, node, arguments.nonce)) else {}
-    failures = [] if bad_nodes else run_ranks(arguments, node, node_rank)
+    failures = [] if bad_nodes else run_ranks(arguments, latch, node, node_rank)
     watch.report_end(NodeMessage(failures=failures, bad_nodes=bad_nodes))
     heartbeats.close()
     return 1 if failures or bad_nodes else 0
 
 
-def run_ranks(arguments: argparse.Namespace, node: str, node_rank: int) -> list[RankFailure]:
+def run_ranks(arguments: argparse.Namespace, latch: Latch, node: str, node_rank: int) -> list[RankFailure]:
     """Runs the ranks of this node by torchrun until all have ended; returns how ranks failed, empty if none did."""
     # Here, because importing torch takes seconds in which the job would not know of this node.
+    gc.disable()  # see train.py
+    if arguments.spare:
+        at_low_priority(importlib.import_module, "torch.distributed.launcher.api")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from mlra_scale.cluster.node.logs import RankLogs
 
+    gc.freeze()
+    gc.enable()
     config = LaunchConfig(
         min_nodes=arguments.nodes,
         max_nodes=arguments.nodes,
@@ -124,6 +143,7 @@ def run_ranks(arguments: argparse.Namespace, node: str, node_rank: int) -> list[
         # The other signals ask for a checkpoint here; torchrun would pass them on and kill after 30 s.
         signals_to_handle="SIGQUIT",
     )
+    latch.become_standard_input()
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "mlra_scale.cluster.rank", *arguments.training)
     except ChildFailedError as error:
@@ -154,4 +174,4 @@ def _text(message: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,6 +17,7 @@ from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link, host_and_port
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.cluster.messages import Heartbeat, NodeMessage, RankMessage, RankStatus
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
+from mlra_scale.cluster.rank.latch import Latch
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
 from mlra_scale.process_tree import process_state, send_signal
@@ -42,6 +43,7 @@ class Watch:
     Args:
         link: To the job.
         heartbeats: Where those of the ranks arrive.
+        latch: Where the ranks wait until the job lets them begin.
         logs: Folder of this attempt's logs, in the run directory.
         node_rank: The node's number.
         lost_seconds: A job that was silent for so long is lost.
@@ -52,12 +54,13 @@ class Watch:
         self,
         link: Link,
         heartbeats: HeartbeatSocket,
+        latch: Latch,
         logs: Path,
         node_rank: int,
         lost_seconds: float,
         processes: Callable[[], Iterable[int]],
     ) -> None:
-        self._link, self._socket = link, heartbeats
+        self._link, self._socket, self._latch = link, heartbeats, latch
         self._logs, self._node_rank, self._lost_seconds = logs, node_rank, lost_seconds
         self._processes = processes
         self._ranks: dict[int, tuple[Heartbeat, float]] = {}
@@ -134,6 +137,8 @@ class Watch:
 
     def _obey(self, message: dict[str, Any]) -> None:
         order = message.get("order")
+        if order in ("begin", "stop"):
+            self._latch.open()
         if order == "stop":
             self._stop.set()
         elif order == "stacks":
@@ -162,10 +167,12 @@ class Watch:
 
         With --no-kill Slurm would leave such a job on the nodes that are left until its time limit. Where only the
         batch script has ended, Slurm ends the job and signals this process; where the job continues without this node,
-        it has begun another attempt.
+        it has begun another attempt. Ranks that only waited to begin leave that to those that train.
         """
         self._has_lost_job = True
         self._kill()
+        if not self._latch.is_open:
+            os._exit(1)
         time.sleep(_JOB_SECONDS + 2.0 * self._node_rank)  # of several nodes, the first queues the job again
         if any(attempt.ended is not None for attempt in self._attempts()[-1:]):
             time.sleep(_RESTART_SECONDS)  # the job may be waiting before it starts again

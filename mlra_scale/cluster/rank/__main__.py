@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import IO
 
-from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
-from mlra_scale.process_tree import die_with_parent
+from mlra_scale.cluster.rank import (
+    AGENT_VARIABLE,
+    DEVICE_VARIABLE,
+    HEARTBEAT_VARIABLE,
+    LOGS_VARIABLE,
+    NODE_VARIABLE,
+    SPARE_VARIABLE,
+)
+from mlra_scale.process_tree import at_low_priority, die_with_parent, leave
 
 if __name__ == "__main__":
     # Before the seconds that the other imports take.
     from mlra_scale.console import make_unfailing
     from mlra_scale.training.interruption import Interruption
 
+    gc.disable()  # until everything is imported; see train.py
     die_with_parent(int(os.environ[AGENT_VARIABLE]))
     make_unfailing()
     INTERRUPTION = Interruption().until_exit()
+    if os.environ[SPARE_VARIABLE]:
+        from mlra_scale.cluster.rank.libraries import load_libraries
+
+        at_low_priority(load_libraries, os.environ[DEVICE_VARIABLE], sys.argv[1:])
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mlra_scale import train
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSender
+from mlra_scale.cluster.rank.latch import wait_at_latch
 from mlra_scale.cluster.rank.preflight import BadNodes, check_alone, check_together
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Watchdog
@@ -64,12 +78,15 @@ def _stacks_file(path: Path) -> IO[str]:
 
 
 @record
-def main() -> None:
-    """Trains; ends the process with the training's exit code."""
+def main() -> int:
+    """Trains; returns the training's exit code."""
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log for both, in order
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     node, shared = os.environ[NODE_VARIABLE], Path(os.environ[LOGS_VARIABLE])
     heartbeats = HeartbeatSender(os.environ[HEARTBEAT_VARIABLE], rank, local_rank)
+    heartbeats.begin("waiting")
+    wait_at_latch()
+    heartbeats.begin("starting")
     with _stacks_file(shared / f"rank-{rank:05d}.stacks") as stacks:
         # Written by the signal's handler in C: it works while the interpreter waits in a collective.
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
@@ -83,8 +100,13 @@ def main() -> None:
             code = ExitCode.BAD_NODE
         heartbeats.begin("ending")
         faulthandler.unregister(signal.SIGUSR2)
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        CODE = main() or ExitCode.DONE
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        CODE = ExitCode.FAILED
+    leave(CODE)

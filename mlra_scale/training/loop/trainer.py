@@ -102,7 +102,8 @@ def launch(request: LaunchRequest, run: ResolvedRun, watchdog: Watchdog, interru
     Raises:
         ConfigError: On rank 0, if the checkpoints turned out to be bad; the other ranks return BAD_INPUT.
     """
-    torch.use_deterministic_algorithms(run.config.train.deterministic)
+    if run.config.train.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(run.config.train.deterministic)
     # Otherwise a kernel fills every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     owns_group = not dist.is_initialized()

@@ -58,7 +58,7 @@ class Player:
             argument[2:].split("=", 1) for argument in command if argument.startswith("--") and "=" in argument
         )
         self.job, self.run_id, self.logs = options["job"], options["run-id"], Path(options["logs"])
-        self.num_nodes = int(options["nodes"])
+        self.num_nodes, self.is_spare = int(options["nodes"]), "--spare" in command
         self._orders: list[str] = []
         self.link: Link
 
@@ -103,6 +103,15 @@ class Player:
         path = f"{os.environ[RECORD_VARIABLE]}/{self.name}.orders"
         with open(path, "a", encoding="ascii") as file:
             file.write(f"{order} {time.monotonic()}\n")
+
+    def wait_to_begin(self) -> None:
+        """Waits as a spare's agent does, and ends where the job says so."""
+        while "begin" not in self._orders:
+            if "kill" in self._orders:
+                self.end()
+            self._orders += [message["order"] for message in self.link.receive()]
+            assert self.link.is_open, "the job is gone"
+            time.sleep(0.01)
 
     def obey_kill(self, *ranks: int) -> None:
         """Does what an agent does when the job says so, and ends."""

@@ -15,7 +15,9 @@ import pytest
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
 from mlra_scale.cluster.job import attempt as module
-from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
+from mlra_scale.cluster.job import step
+from mlra_scale.cluster.job.attempt import AttemptRunner
+from mlra_scale.cluster.job.step import AttemptPlan
 from mlra_scale.cluster.node.__main__ import parse
 from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ClusterConfig
@@ -108,7 +110,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(module, "Hub", QuickHub)
+    monkeypatch.setattr(step, "Hub", QuickHub)
     for name, seconds in (("EVIDENCE", 0.3), ("END", 0.6), ("STACKS", 0.3), ("KILL", 5.0), ("SRUN", 0.5)):
         monkeypatch.setattr(module, f"_{name}_SECONDS", seconds)
     return Stage(tmp_path, monkeypatch)
@@ -129,7 +131,7 @@ def test_all_end_well(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
         me.report(rank(int(me.name == "b"), step=1, phase="preparing"))
         me.report(rank(int(me.name == "b"), step=7))
         me.connect("x").send({"failures": [failure(5, 2)]})  # of no node of this attempt
-        me.wait_for("none")
+        me.wait_for("begin")
         time.sleep(0.3)
         me.end()
     """

@@ -18,7 +18,7 @@ import pytest
 from mlra_scale.cluster import check, slurm
 from mlra_scale.cluster.check import CheckResult
 from mlra_scale.cluster.job import __main__ as job
-from mlra_scale.cluster.job import attempt
+from mlra_scale.cluster.job import attempt, spare, step
 from mlra_scale.cluster.job.__main__ import Job, main
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.cluster.settings import LauncherSettings
@@ -95,7 +95,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(attempt, "Hub", QuickHub)
+    monkeypatch.setattr(step, "Hub", QuickHub)
     for name, seconds in (("EVIDENCE", 1.0), ("END", 3.0), ("KILL", 1.5), ("SRUN", 0.5)):
         monkeypatch.setattr(attempt, f"_{name}_SECONDS", seconds)
     monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
@@ -125,6 +125,51 @@ def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -
     console = (desk.run / "logs" / "console.log").read_text()
     assert console.count("hello from a\n") == 2 and "attempt 1 ended: failed: rank 0 on a" in console
     assert file.console == str(desk.run / "logs" / "console.log")
+
+
+SPARES = """
+number, console = int(me.name == "b"), me.logs.parent / "console.log"
+me.join()
+if me.is_spare:
+    if me.run_id == "attempt-002":
+        DOES
+    me.report(rank(number, phase="waiting"))
+    me.wait_to_begin()
+me.report(rank(number))
+if me.run_id == "attempt-001":
+    while UNTIL not in console.read_text():
+        time.sleep(0.02)
+    me.end(failure(number, 1, number, "odd"))
+print(me.run_id, me.is_spare, flush=True)
+me.end()
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "until", "is_taken"),
+    [
+        ("pass", "spare ranks have loaded their libraries and wait", True),
+        ("me.end(failure(number, 1))", "the spare ranks have ended; the next attempt starts without them", False),
+        pytest.param(
+            *("me.report(rank(number, phase='starting')); me.wait_to_begin()", "attempt 1: training since", False),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["waits", "fails", "loads still"],
+)
+def test_an_attempt_is_made_ready_while_the_one_before_it_runs(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, does: str, until: str, is_taken: bool
+) -> None:
+    """What comes of it is only whether the next one starts from nothing."""
+    monkeypatch.setattr(spare, "_CALM_SECONDS", 0.0)
+    play = SPARES.replace("DOES", does).replace("UNTIL", repr(until))
+    assert desk.job("cluster.spares=true", a=play, b=play) == 0
+    assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])]
+    console = (desk.run / "logs" / "console.log").read_text()
+    assert console.count(f"attempt-002 {is_taken}\n") == 2
+    assert console.count("the spare ranks begin") == is_taken
+    logs = sorted(path.name for path in (desk.run / "logs").iterdir() if path.is_dir())
+    assert logs == ["attempt-001", "attempt-002"], "nothing is left of one that did not begin"
 
 
 CHECKPOINT = """
@@ -422,14 +467,14 @@ def test_what_the_operating_system_refuses_is_a_failure_that_counts(
 
 
 def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(running: attempt.AttemptRunner) -> None:
+    def odd(running: attempt.AttemptRunner, meanwhile: object) -> None:
         raise KeyError("odd")
 
     monkeypatch.setattr(attempt.AttemptRunner, "run", odd)
     assert desk.job(a=DONE, b=DONE) == 1
     assert desk.file.state == "failed" and desk.file.reason == "KeyError: 'odd'"
     assert [(item.end, item.reason) for item in desk.file.attempts] == [("failed", "KeyError: 'odd'")]
-    monkeypatch.setattr(attempt.AttemptRunner, "run", lambda running: sys.exit(3))
+    monkeypatch.setattr(attempt.AttemptRunner, "run", lambda running, meanwhile: sys.exit(3))
     with pytest.raises(SystemExit):
         desk.job(a=DONE, b=DONE)
     assert desk.file.state == "failed" and desk.file.reason == "SystemExit: 3"

@@ -26,6 +26,7 @@ from mlra_scale.cluster.node import watch as watch_module
 from mlra_scale.cluster.node.__main__ import folder_fault, parse
 from mlra_scale.cluster.node.watch import Watch, connect
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
+from mlra_scale.cluster.rank.latch import Latch
 from mlra_scale.cluster.versions import versions
 from mlra_scale.process_tree import process_state
 from tests.support.waiting import all_end, eventually
@@ -115,7 +116,8 @@ class Site(JobSide):
         self.ranks: list[subprocess.Popen[str]] = []
         self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
         pids = lambda: [rank.pid for rank in self.ranks]  # noqa: E731
-        self.watch = Watch(self.link, self.heartbeats, folder, 1, 30.0, pids)
+        self.latch = Latch(2)
+        self.watch = Watch(self.link, self.heartbeats, self.latch, folder, 1, 30.0, pids)
 
     def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RANK, self.heartbeats.address, str(len(self.ranks)), *arguments]
@@ -202,6 +204,15 @@ def test_a_stop_reaches_every_rank_once(make_site: Sites, from_job: bool) -> Non
     assert site.messages("signalled") == [True]
 
 
+@pytest.mark.parametrize(("order", "is_open"), [("none", False), ("stacks", False), ("begin", True), ("stop", True)])
+def test_orders_that_let_ranks_begin(make_site: Sites, order: str, is_open: bool) -> None:
+    """Where the ranks are to stop, they must not wait for ever."""
+    site = make_site()
+    assert not site.latch.is_open
+    site.hub.send({"order": order})
+    assert eventually(lambda: site.latch.is_open, 2.0 if is_open else 0.5) == is_open
+
+
 def test_stacks_are_asked_of_every_rank(make_site: Sites) -> None:
     site = make_site()
     for _ in range(2):
@@ -230,6 +241,7 @@ from pathlib import Path
 from mlra_scale.cluster.messages import NodeMessage, RankFailure
 from mlra_scale.cluster.node import watch as module
 from mlra_scale.process_tree import descendants
+from mlra_scale.cluster.rank.latch import Latch
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 signal.alarm(60)
 job, logs, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -237,7 +249,10 @@ module._KILL_SECONDS, module._JOB_SECONDS, module._REPORT_SECONDS = settings["ki
 heartbeats = HeartbeatSocket()
 exec(settings.get("before", ""))
 link, node_rank = module.connect(job, "a"), settings["node_rank"]
-watch = module.Watch(link, heartbeats, logs, node_rank, settings["lost"], lambda: descendants(os.getpid()))
+latch = Latch(1)
+if settings["has_begun"]:
+    latch.open()
+watch = module.Watch(link, heartbeats, latch, logs, node_rank, settings["lost"], lambda: descendants(os.getpid()))
 signal.signal(signal.SIGTERM, watch.ask_to_stop)
 # Half a minute is half a second here.
 patient = watch._has_ended.wait
@@ -277,7 +292,8 @@ class Agent(JobSide):
 
     def start(self, **more: Any) -> None:
         """Starts it, and waits until it has been heard, its rank too."""
-        settings = {"kill": 30.0, "job": 0.2, "lost": 30.0, "node_rank": 0, "has_rank": True, "is_stuck": False} | more
+        settings = {"kill": 30.0, "job": 0.2, "lost": 30.0, "node_rank": 0, "has_rank": True, "is_stuck": False}
+        settings |= {"has_begun": True, **more}
         command = [sys.executable, "-c", AGENT, f"127.0.0.1:{self.hub.port}", str(self.attempt)]
         command += [json.dumps({"play": RANK, **settings})]
         self.process = self._stack.enter_context(subprocess.Popen(command))
@@ -367,6 +383,13 @@ def test_a_lost_job_is_queued_again_only_where_it_is_lost(
     assert agent.calls == calls
 
 
+def test_ranks_that_wait_leave_a_lost_job_to_those_that_train(agent: Agent) -> None:
+    agent.start(has_begun=False, job=60.0)
+    agent.hub.close()
+    assert agent.process.wait(10.0) == 1
+    assert agent.calls == [] and not agent.is_rank_there()
+
+
 def test_a_later_node_queues_a_lost_job_too(agent: Agent) -> None:
     """The first one, which would do it after half a minute, is the one that was lost."""
     agent.start(node_rank=1, job=0.5)
@@ -408,7 +431,7 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     given: list[str | None] = []
 
-    def run_ranks(arguments: argparse.Namespace, name: str, node_rank: int) -> list[RankFailure]:
+    def run_ranks(arguments: argparse.Namespace, latch: Latch, name: str, node_rank: int) -> list[RankFailure]:
         given.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
         return []
 

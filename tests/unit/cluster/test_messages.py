@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.cluster.channel import Heard, Hub
-from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
+from mlra_scale.cluster.job.attempt import AttemptRunner
 from mlra_scale.cluster.job.policy import EndKind
+from mlra_scale.cluster.job.step import AttemptPlan
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankMessage, printable
 from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ClusterConfig

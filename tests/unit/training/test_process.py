@@ -2,15 +2,21 @@
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mlra_scale.config import ProfileConfig
+from mlra_scale import train
+from mlra_scale.config import Named, ProfileConfig, load_config
 from mlra_scale.stability.watcher import Step
+from mlra_scale.training.interruption import Interruption, Watchdog
+from mlra_scale.training.loop import trainer
+from mlra_scale.training.start import request
 from mlra_scale.training.watch.step_watchers import GarbageCollection, StepProfiler
 
 CPU = torch.device("cpu")
@@ -109,3 +115,19 @@ def test_zero_leaves_it_to_python(collected: list[int]) -> None:
         make_objects()
         garbage.after_step(Step(1, False, 0), RESULT)
     assert collected
+
+
+def test_a_program_that_imports_without_the_collector_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved: Any = SimpleNamespace(config=load_config("debug"), directory=None, is_done=False)
+    asked: Any = SimpleNamespace(config=resolved.config, named=Named())
+    seen = []
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(request, "resolve_run", lambda asked: resolved)
+    monkeypatch.setattr(trainer, "launch", lambda *arguments: seen.append((gc.isenabled(), gc.get_freeze_count() > 0)))
+    gc.disable()
+    try:
+        train._train(asked, 1, Watchdog(), Interruption())
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert seen == [(True, True)]

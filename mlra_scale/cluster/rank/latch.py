@@ -1,0 +1,37 @@
+"""The latch between loading libraries and beginning: ranks wait at it until the job lets their attempt begin.
+
+It is a pipe that the ranks of a node inherit as their standard input: each takes one byte out of it. When the node's
+agent ends, so does the pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+class Latch:
+    """The node's end, for so many ranks."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks, self.is_open = num_ranks, False
+        self._reader, self._writer = os.pipe()
+
+    def become_standard_input(self) -> None:
+        """Lets processes that are started from now on inherit it."""
+        os.dup2(self._reader, 0)
+
+    def open(self) -> None:
+        """Lets all ranks through, those that have not come to it yet as well; for one thread."""
+        if not self.is_open:
+            self.is_open = True
+            os.write(self._writer, b"." * self._num_ranks)
+
+
+def wait_at_latch() -> None:
+    """Waits in a rank until the latch opens; the process ends with its node's agent. There is no input afterwards."""
+    if not os.read(0, 1):
+        sys.exit("the node's agent has ended")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
