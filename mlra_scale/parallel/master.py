@@ -75,6 +75,16 @@ class MasterView(ABC):
         By default nothing is to be done: DeepSpeed's engine zeroes the gradients after every step.
         """
 
+    def state(self) -> Iterator[torch.Tensor]:
+        """Yields all that the next pass and the next update read: fp32 weights, moments, and the model's weights."""
+        for master in self.adam.masters:
+            yield master
+            yield from (values for values in self.adam.of(master).values() if torch.is_tensor(values))
+        yield from self._model_weights()
+
+    def _model_weights(self) -> Iterator[torch.Tensor]:
+        yield from self.named.values()
+
     def forget_moments(self) -> None:
         self.adam.forget()
 
@@ -150,6 +160,9 @@ class ReplicatedView(MasterView):
 
     def copy_masters_to_model(self) -> None:
         """The model computes with the masters."""
+
+    def _model_weights(self) -> Iterator[torch.Tensor]:
+        return iter(())
 
 
 class _MappedView(MasterView):
@@ -314,6 +327,10 @@ class Stage3View(MasterView):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _model_weights(self) -> Iterator[torch.Tensor]:
+        """Yields this rank's pieces; which whole weights are gathered differs from moment to moment."""
+        yield from (parameter.ds_tensor for parameter in self.named.values())  # type: ignore[attr-defined]
 
     def _pieces(self) -> Iterator[tuple[str, Any, int, int]]:
         """(name, parameter, first element, number of real elements) of the pieces that are not only padding."""

@@ -242,6 +242,11 @@ class Session:
         text = "stopped during a rollback of the guard: --resume auto does it again"
         self.interruption.limit(EXPENDABLE_SECONDS, text)
         self.roll_back(last)
+        nodes = set(last.nodes.values())
+        if len(nodes) == 1 and self.watchdog.exclude(node := nodes.pop(), last.reason):
+            self.interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.BAD_NODE)
+            message = f"step {last.step}: {last.reason}; the run is back at step {last.to_step}, to continue without "
+            raise TrainingStopped(f"{message}{node}", {"step": last.step, "node": node}, ExitCode.BAD_NODE)
         self.interruption.limit(None)
         return True
 
@@ -269,6 +274,9 @@ class Session:
         on_rank_0(write, self.topology, self.progress.step, ExitCode.CHECKPOINT_FAILED)
 
     def _given_up(self, action: Action) -> TrainingStopped:
+        if action.nodes:
+            message = f"step {action.step}: {action.reason}. Continue with --resume auto, and without those nodes"
+            return TrainingStopped(message, {"step": action.step}, ExitCode.BAD_NODE)
         returns = [
             f"from step {item['step']} back to step {item['to_step']}: {item['reason']}"
             for item in self.guard.rollbacks
