@@ -9,7 +9,7 @@ What a pass computes is recorded at three places of every rank:
 FORWARD: the output of the rank's module (the hidden state that a pipeline stage sends, or the loss), and the loss.
 BACKWARD: the gradients of its parameters, micro-batch by micro-batch, before they are added up or summed over data
 ranks, and the gradient that a pipeline stage sends back.
-REDUCED: the gradients that its update would use, summed over micro-batches and data ranks.
+REDUCED: what its update would use: the gradients summed over micro-batches and data ranks, and their norm.
 """
 
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mlra_scale.model.randomness import hash_int64
 from mlra_scale.parallel.master import MasterView
+from mlra_scale.parallel.step import UpdateProposal
 
 FORWARD, BACKWARD, REDUCED = range(3)
 _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -111,11 +112,17 @@ class PassRecorder:
         ]
         self._handles += [parameter.register_hook(self._see_gradient) for parameter in self._view.named.values()]
 
-    def end_pass(self, loss: Tensor) -> None:
-        """Notes what a pass has computed, while its reduced gradients exist; `loss`: as Engine._local_loss."""
+    def end_pass(self, loss: Tensor, proposal: UpdateProposal) -> None:
+        """Notes what a pass has computed, while its reduced gradients exist.
+
+        Args:
+            loss: The sum of this rank's losses, as in Engine._local_loss.
+            proposal: Loss and gradient norm over all ranks, as this one has received them.
+        """
         if not self._handles:
             return
         self._add(FORWARD, loss)
+        self._add(REDUCED, torch.tensor([proposal.loss, proposal.gradient_norm], dtype=torch.float64))
         for fragment in self._view.gradients():
             self._add(REDUCED, fragment.values)
         found = torch.stack(self._totals)

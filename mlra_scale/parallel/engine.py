@@ -202,7 +202,7 @@ class Engine(ABC):
     def _gated_update(self) -> None:
         """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
         self._proposal = proposal = self._propose()
-        self.recorder.end_pass(self._local_loss())
+        self.recorder.end_pass(self._local_loss(), proposal)
         if not self._has_update:
             self._view.skip_update()
             return

@@ -247,6 +247,7 @@ class PartitionedView(_MappedView):
     def update(self, gradient_norm: float, limit: float) -> None:
         self._known.set(gradient_norm, limit)
         self._step()
+        self._drop_sums()
 
     def skip_update(self) -> None:
         optimizer = self.optimizer
@@ -256,10 +257,16 @@ class PartitionedView(_MappedView):
         optimizer._release_preflattened_grad_buffers()
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
-        else:
-            for group in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[group] = None
-                optimizer.all_grad_tensors[group] = None
+        self._drop_sums()
+
+    def _drop_sums(self) -> None:
+        """Drops the sums of gradients.
+
+        After an overflow DeepSpeed keeps those of an offloaded optimizer, and the next step would add to them.
+        """
+        for sums in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+            for group in sums:
+                sums[group] = None
 
     def _flat_gradients(self, group: int) -> list[torch.Tensor]:
         if self.optimizer.cpu_offload:

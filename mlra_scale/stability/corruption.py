@@ -161,8 +161,8 @@ class CorruptionCheck(Watcher):
             reason = "train.deterministic is false"
         if reason:
             say(
-                f"guard.replay_every: {reason}, so passes do not repeat their bits: norms are compared within {BOUND:g}, "
-                "which finds large errors only"
+                f"guard.replay_every: {reason}, so passes do not repeat their bits: norms are compared within "
+                f"{BOUND:g}, which finds large errors only"
             )
         return not reason
 

@@ -43,6 +43,7 @@ class Action:
         to_step: Of a rollback: step of the checkpoint.
         skipped: Of a rollback: the samples (first, one after the last) that are not read again; (0, 0): none.
         nodes: The ranks that computed wrong, where that is the reason, each with its node.
+        ends_run: Whether the run ends after the rollback, because the computation stays wrong.
     """
 
     kind: Literal["skip", "lower_rate", "rollback", "give_up"]
@@ -51,6 +52,7 @@ class Action:
     to_step: int | None = None
     skipped: tuple[int, int] | None = None
     nodes: Mapping[int, str] = field(default_factory=dict)
+    ends_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,11 +217,10 @@ class Guard(Watcher):
             nodes: The ranks at fault, each with its node.
         """
         self._num_wrong += 1
-        if self._num_wrong > self._config.max_rollbacks:
+        ends_run = self._num_wrong > self._config.max_rollbacks
+        if ends_run:
             reason += f"; the run went back {self._num_wrong - 1} time(s) since the last step that was found right"
-            self.actions = [Action("give_up", step, reason, nodes=nodes)]
-        else:
-            self.actions = [Action("rollback", step, reason, self.good_step, (0, 0), nodes)]
+        self.actions = [Action("rollback", step, reason, self.good_step, (0, 0), nodes, ends_run)]
 
     def note_clean_check(self) -> None:
         """Takes note of a step that was checked for corruption, and found right."""

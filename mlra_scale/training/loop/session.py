@@ -242,11 +242,8 @@ class Session:
         text = "stopped during a rollback of the guard: --resume auto does it again"
         self.interruption.limit(EXPENDABLE_SECONDS, text)
         self.roll_back(last)
-        nodes = set(last.nodes.values())
-        if len(nodes) == 1 and self.watchdog.exclude(node := nodes.pop(), last.reason):
-            self.interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.BAD_NODE)
-            message = f"step {last.step}: {last.reason}; the run is back at step {last.to_step}, to continue without "
-            raise TrainingStopped(f"{message}{node}", {"step": last.step, "node": node}, ExitCode.BAD_NODE)
+        if last.nodes:
+            self._leave_bad_node(last)
         self.interruption.limit(None)
         return True
 
@@ -273,10 +270,22 @@ class Session:
 
         on_rank_0(write, self.topology, self.progress.step, ExitCode.CHECKPOINT_FAILED)
 
+    def _leave_bad_node(self, action: Action) -> None:
+        """Ends the run, which is back at a good checkpoint, where it can be started without the node that is at fault.
+
+        Where ranks of several nodes are suspected, none is left out.
+        """
+        nodes = sorted(set(action.nodes.values()))
+        is_excluded = len(nodes) == 1 and self.watchdog.exclude(nodes[0], action.reason)
+        if is_excluded or action.ends_run:
+            self.interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.BAD_NODE)
+            message = (
+                f"step {action.step}: {action.reason}. The run is back at step {action.to_step}; continue with --resume "
+                f"auto, without {' and '.join(nodes)}"
+            )
+            raise TrainingStopped(message, {"step": action.step, "node": " ".join(nodes)}, ExitCode.BAD_NODE)
+
     def _given_up(self, action: Action) -> TrainingStopped:
-        if action.nodes:
-            message = f"step {action.step}: {action.reason}. Continue with --resume auto, and without those nodes"
-            return TrainingStopped(message, {"step": action.step}, ExitCode.BAD_NODE)
         returns = [
             f"from step {item['step']} back to step {item['to_step']}: {item['reason']}"
             for item in self.guard.rollbacks
