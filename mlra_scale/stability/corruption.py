@@ -72,12 +72,12 @@ class CorruptionCheck(Watcher):
         self._is_exact = True
         if self._settings.replay_every > 0:
             self._is_exact = self._repeats_bits(config.train.deterministic, say)
-        self._is_replaying = False
+        self._is_replaying = self._was_replayed = False
         self._wrong: dict[int, str] | None = None  # None: this step is not checked, or not yet
 
     def before_step(self, step: Step) -> None:
         """Computes a step before it is made, where that is due."""
-        self._wrong = None
+        self._wrong, self._was_replayed = None, False
         note, topology = self._engine.state_note, self._engine.topology
         if not self._is_due(self._settings.checksum_every, step.number):
             note.drop()
@@ -90,7 +90,7 @@ class CorruptionCheck(Watcher):
         if topology.data > 1:
             passes.append(self._read((topology.data_rank + 1) % topology.data, step.first_sample))
         self._engine.recorder.start(self._is_exact)
-        self._is_replaying = True
+        self._is_replaying = self._was_replayed = True
         for batches in passes:
             self._engine.gradient_norm(batches)
         step.measuring_seconds["replay"] = time.perf_counter() - began
@@ -108,7 +108,7 @@ class CorruptionCheck(Watcher):
             reason = "; ".join(f"rank {rank} on {nodes[rank]} {what}" for rank, what in self._wrong.items())
             self._guard.go_back(step.number, reason, nodes)
             return {}
-        if self._wrong is not None:
+        if self._wrong is not None and (self._was_replayed or self._settings.replay_every == 0):
             self._guard.note_clean_check()
         if self._is_due(self._settings.checksum_every, step.number + 1):
             self._engine.state_note.take()

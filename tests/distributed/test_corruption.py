@@ -1,18 +1,27 @@
-"""Replay and checksums in every engine and ZeRO stage: they leave no trace, and name the rank of a flipped bit."""
+"""Replay and checksums in every engine and ZeRO stage: they leave no trace, and name the rank of a flipped bit.
 
-from dataclasses import dataclass, field
+And in real runs: a flipped bit takes the run back, and it ends like one that nothing has disturbed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from mlra_scale.checkpoint.retention import latest
 from mlra_scale.config import Config
-from mlra_scale.stability.watcher import Step
-from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.flips import PLACES, Flip, Injector
-from tests.support.layouts import DROPOUT, NORMS, OFFLOADED, Layout, layout_config, make_batch, micro_batches, pieces, start
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.interruption import Watchdog
+from tests.support.flips import PLACES, Flip, Injector, bench
+from tests.support.layouts import DROPOUT, NORMS, OFFLOADED, Layout, layout_config, pieces
 from tests.support.pool import Pools
+from tests.support.stored import store_of
+from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
 
 BIT = 29
 """Of the exponent: smaller changes of an activation may be rounded away by the next sum, and leave nothing to find."""
@@ -32,58 +41,6 @@ LAYOUTS = [
     (Layout(pipeline=2, tensor=2), "fp32", {}),
     (Layout(tensor=2, data=2, stage=2), "fp32", {"parallel__sequence": True}),
 ]
-
-
-@dataclass
-class Bench:
-    """What stands in for the guard, and one rank's account of the steps."""
-
-    engine: Any
-    check: Any = None
-    named: list[dict[int, str]] = field(default_factory=list)
-    clean: int = 0
-
-    def go_back(self, step: int, reason: str, nodes: dict[int, str]) -> None:
-        self.named[-1] = {rank: reason for rank in nodes}
-
-    def note_clean_check(self) -> None:
-        self.clean += 1
-
-    def read(self, data_rank: int, first_sample: int) -> list[Any]:
-        """The micro-batches of a data rank, as the trainer would read them."""
-        plan = self.engine.plan
-        size = plan.micro_batch_size
-        starts = [first_sample + (m * plan.data + data_rank) * size for m in range(plan.accumulation_steps)]
-        return [make_batch(self.engine.config, range(start, start + size)) for start in starts]
-
-    def step(self, number: int, flip: Flip | None = None) -> Any:
-        """Makes a step that is checked; returns its result."""
-        engine, check, injector = self.engine, self.check, Injector(self.engine, flip or Flip("none", 0, -1, 0))
-        batches = micro_batches(engine, number)
-        step = Step(number + 1, True, number * engine.plan.global_batch_size, batches, 1e-3)
-        self.named.append({})
-        vectors = [norm.vector for norm in engine._spectral_norms]
-        with injector.during_passes():
-            check.before_step(step)
-            injector.before_step()
-            result = engine.train_batch(batches, 1e-3, check.before_update)
-        injector.after_step()
-        check.after_step(step, result)
-        if self.named[-1]:  # what a rollback does
-            for norm, vector in zip(engine._spectral_norms, vectors, strict=True):
-                norm.vector = vector
-        return result, injector.is_done
-
-
-def bench(config: Config, world_size: int) -> Bench:
-    from mlra_scale.stability.corruption import CorruptionCheck
-
-    if config.train.precision == "fp16":
-        allow_fp16_on_cpu()
-    made = Bench(start(config, world_size))
-    rank = made.engine.topology.rank
-    made.check = CorruptionCheck(made.engine, config, made, f"node-{rank}", made.read, print)  # type: ignore[arg-type]
-    return made
 
 
 def run(rank: int, world_size: int, config: Config, flips: list[Flip]) -> SimpleNamespace:
@@ -155,3 +112,133 @@ def test_checks_leave_no_trace_and_name_the_rank(
             np.testing.assert_array_equal(mine[3], theirs[3], err_msg=mine[0])
         assert report.is_unchanged and report.last == control.last, "a step that was found wrong left something behind"
         assert report.clean == 3 and control.clean == 0
+
+
+BATCH = 4
+TRAINING = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "train.sequence_length=32",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=1",
+    "train.steps=12",
+    "evaluation.every=0",
+    "evaluation.batches=1",
+    "tev.every=0",
+    "checkpoint.every=2",
+    "checkpoint.keep_last=1",
+    "guard.enabled=true",
+]
+CHECKS = ["guard.replay_every=3", "guard.checksum_every=1"]
+
+
+@contextlib.contextmanager
+def corrupted(flips: dict[int, Flip], is_lasting: bool) -> Iterator[None]:
+    """Flips bits in the runs of this process, by the step; each once, or every time."""
+    from mlra_scale.parallel.engine import Engine
+
+    left, train_batch = {**flips}, Engine.train_batch
+
+    def spoiled(engine: Engine, batches: Any, *arguments: Any) -> Any:
+        step = int(batches[0].sample_ids_B[0]) // BATCH + 1
+        flip = left.get(step) if is_lasting else left.pop(step, None)
+        if flip is None:
+            return train_batch(engine, batches, *arguments)
+        injector = Injector(engine, flip)
+        with injector.during_passes():
+            injector.before_step()
+            result = train_batch(engine, batches, *arguments)
+        injector.after_step()
+        return result
+
+    with mock.patch.object(Engine, "train_batch", spoiled):
+        yield
+
+
+def run_on_rank(
+    rank: int, world: int, flips: dict[int, Flip], is_lasting: bool, has_job: bool, arguments: list[str]
+) -> Finished:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(corrupted(flips, is_lasting))
+        stack.enter_context(mock.patch.object(Watchdog, "exclude", return_value=has_job))
+        return main_on_rank(rank, world, tuple(arguments))
+
+
+def made(
+    pools: Pools,
+    folder: Path,
+    data: Path,
+    *arguments: str,
+    world: int = 1,
+    flips: dict[int, Flip] | None = None,
+    is_lasting: bool = False,
+    has_job: bool = False,
+    code: int = 0,
+) -> str:
+    """Runs the command line on the ranks of a pool; returns what rank 0 has printed."""
+    command = base_command(folder, data, *TRAINING, *arguments)
+    finished = pools(world).run(run_on_rank, flips or {}, is_lasting, has_job, command, timeout=300.0)
+    assert {each.code for each in finished} == {code}, finished[0].stdout[-2000:] + finished[0].stderr[-2000:]
+    return finished[0].stdout
+
+
+def assert_same_end(folder: Path, undisturbed: Path) -> None:
+    for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
+        assert curve(folder, name) == curve(undisturbed, name), name
+    assert [item["step"] for item in metrics(folder)] == list(range(1, 13)), "every step once"
+    one, other = store_of(folder, 12), store_of(undisturbed, 12)
+    for name in one.table:
+        for part in one.parts(name):
+            np.testing.assert_array_equal(one.tensor(name, part), other.tensor(name, part), err_msg=f"{part} of {name}")
+
+
+def returns(folder: Path) -> list[tuple[int, int, list[str]]]:
+    found = [event for event in events(folder) if event["event"] == "guard_rollback"]
+    return [(event["step"], event["to_step"], [*event["nodes"]]) for event in found]
+
+
+def test_a_wrong_step_takes_the_run_back_to_a_confirmed_checkpoint_and_nothing_is_lost(
+    worker_pool: Pools, training_data: Path, tmp_path: Path
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    made(worker_pool, whole, training_data)
+    flips = {6: Flip("gradient", 1, 0, BIT), 8: Flip("second moment", 1, 0, BIT), 9: Flip("sum", 1, 0, BIT)}
+    printed = made(worker_pool, folder, training_data, *CHECKS, flips=flips)
+    # Checkpoints: 0, 2, ...; replayed: 3, 6, 9 and 12. At step 9 that of step 6 is not yet confirmed by a replay.
+    assert returns(folder) == [(6, 2, ["0"]), (8, 4, ["0"]), (9, 4, ["0"])]
+    assert "rank 0 on" in printed and "holds weights or moments that changed" in printed
+    assert_same_end(folder, whole)
+    assert events(whole)[-1]["event"] == "finished" and returns(whole) == []
+
+
+@pytest.mark.slow
+def test_in_a_job_the_run_ends_at_the_good_checkpoint_to_continue_without_the_node(
+    worker_pool: Pools, training_data: Path, tmp_path: Path
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    stage = 'deepspeed={"zero_optimization": {"stage": 2}}'
+    made(worker_pool, whole, training_data, stage, world=2)
+    flips = {9: Flip("activation", 2, 1, BIT)}
+    wanted = [stage, *CHECKS, "--resume", "auto"]
+    made(worker_pool, folder, training_data, *wanted, world=2, flips=flips, has_job=True, code=ExitCode.BAD_NODE)
+    stopped = events(folder)[-1]
+    assert (
+        stopped["event"] == "stopped" and stopped["exit_code"] == ExitCode.BAD_NODE and "rank 1 on" in stopped["reason"]
+    )
+    assert returns(folder) == [(9, 4, ["1"])]
+    pointer = latest(folder / "checkpoints")
+    assert pointer is not None and pointer.name == "step-00000004"
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000004"], "nothing later is left"
+    made(worker_pool, folder, training_data, *wanted, world=2)
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_device_that_stays_wrong_ends_the_run(worker_pool: Pools, training_data: Path, tmp_path: Path) -> None:
+    flips = {6: Flip("gradient", 1, 0, BIT)}
+    arguments = [*CHECKS, "guard.max_rollbacks=1"]
+    made(worker_pool, tmp_path / "run", training_data, *arguments, flips=flips, is_lasting=True, code=ExitCode.BAD_NODE)
+    folder = tmp_path / "run"
+    assert returns(folder) == [(6, 2, ["0"])] * 2
+    assert "the run went back 1 time(s) since" in events(folder)[-1]["reason"]
+    assert [item["step"] for item in metrics(folder)] == [1, 2]

@@ -2,12 +2,19 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
+
+from mlra_scale.config import Config
+from mlra_scale.stability.watcher import Step
+from tests.distributed.steps import allow_fp16_on_cpu
+from tests.support.layouts import make_batch, micro_batches, start
+
+BeforeUpdate = Callable[[Any], bool]
 
 PLACES = ("activation", "gradient", "sum", "message", "model weight", "fp32 weight", "first moment", "second moment")
 STORED = PLACES[4:]
@@ -147,3 +154,59 @@ class Injector:
         if self._undo is not None:
             values, index = self._undo
             flip_bit(values.data, index, self._flip.bit)
+
+
+@dataclass
+class Bench:
+    """What stands in for the guard, and one rank's account of the steps."""
+
+    engine: Any
+    check: Any = None
+    named: list[dict[int, str]] = field(default_factory=list)
+    clean: int = 0
+
+    def go_back(self, step: int, reason: str, nodes: dict[int, str]) -> None:
+        self.named[-1] = {rank: reason for rank in nodes}
+
+    def note_clean_check(self) -> None:
+        self.clean += 1
+
+    def read(self, data_rank: int, first_sample: int) -> list[Any]:
+        """The micro-batches of a data rank, as the trainer would read them."""
+        plan = self.engine.plan
+        size = plan.micro_batch_size
+        starts = [first_sample + (m * plan.data + data_rank) * size for m in range(plan.accumulation_steps)]
+        return [make_batch(self.engine.config, range(start, start + size)) for start in starts]
+
+    def step(self, number: int, flip: Flip | None = None, decide: BeforeUpdate | None = None) -> tuple[Any, bool]:
+        """Makes a step that is checked; returns its result, and whether the bit was flipped on this rank.
+
+        `decide` stands in for the decision of the check, which it may ask.
+        """
+        engine, check, injector = self.engine, self.check, Injector(self.engine, flip or Flip("none", 0, -1, 0))
+        batches = micro_batches(engine, number)
+        step = Step(number + 1, True, number * engine.plan.global_batch_size, batches, 1e-3)
+        self.named.append({})
+        vectors = [norm.vector for norm in engine._spectral_norms]
+        with injector.during_passes():
+            check.before_step(step)
+            injector.before_step()
+            result = engine.train_batch(batches, 1e-3, decide or check.before_update)
+        injector.after_step()
+        check.after_step(step, result)
+        if self.named[-1]:  # what a rollback does
+            for norm, vector in zip(engine._spectral_norms, vectors, strict=True):
+                norm.vector = vector
+        return result, injector.is_done
+
+
+def bench(config: Config, world_size: int) -> Bench:
+    """Builds the engine of this rank, and its checks."""
+    from mlra_scale.stability.corruption import CorruptionCheck
+
+    if config.train.precision == "fp16":
+        allow_fp16_on_cpu()
+    made = Bench(start(config, world_size))
+    rank = made.engine.topology.rank
+    made.check = CorruptionCheck(made.engine, config, made, f"node-{rank}", made.read, print)  # type: ignore[arg-type]
+    return made

@@ -280,8 +280,8 @@ class Session:
         if is_excluded or action.ends_run:
             self.interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.BAD_NODE)
             message = (
-                f"step {action.step}: {action.reason}. The run is back at step {action.to_step}; continue with --resume "
-                f"auto, without {' and '.join(nodes)}"
+                f"step {action.step}: {action.reason}. The run is back at step {action.to_step}; continue without "
+                f"{' and '.join(nodes)}, with --resume auto"
             )
             raise TrainingStopped(message, {"step": action.step, "node": " ".join(nodes)}, ExitCode.BAD_NODE)
 

@@ -93,7 +93,9 @@ def test_of_two_data_ranks_that_differ_twice_none_can_be_told_from_the_other() -
 def test_wrong_sums_name_the_ranks_that_hold_them() -> None:
     assert Passes(data=2).spoil([1], -1, [REDUCED]).named == [1]
     assert Passes().spoil([0], 0, [REDUCED]).named == [0]
-    assert Passes(data=2).spoil([0, 1], 1, [REDUCED]).named == [], "over exchanged data they are summed in another order"
+    assert Passes(data=2).spoil([0, 1], 1, [REDUCED]).named == [], (
+        "over exchanged data they are summed in another order"
+    )
 
 
 def test_norms_are_compared_within_a_bound() -> None:
