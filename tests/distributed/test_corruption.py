@@ -222,9 +222,8 @@ def test_in_a_job_the_run_ends_at_the_good_checkpoint_to_continue_without_the_no
     wanted = [stage, *CHECKS, "--resume", "auto"]
     made(worker_pool, folder, training_data, *wanted, world=2, flips=flips, has_job=True, code=ExitCode.BAD_NODE)
     stopped = events(folder)[-1]
-    assert (
-        stopped["event"] == "stopped" and stopped["exit_code"] == ExitCode.BAD_NODE and "rank 1 on" in stopped["reason"]
-    )
+    assert (stopped["event"], stopped["exit_code"]) == ("stopped", ExitCode.BAD_NODE)
+    assert "rank 1 on" in stopped["reason"]
     assert returns(folder) == [(9, 4, ["1"])]
     pointer = latest(folder / "checkpoints")
     assert pointer is not None and pointer.name == "step-00000004"

@@ -32,7 +32,7 @@ BITS = {
 
 
 def attack(rank: int, world_size: int, config: Config, flips: Sequence[Flip]) -> list[tuple[bool, bool, set[int]]]:
-    """Returns of each flip whether it came to pass here, whether it changed a gradient here, and which ranks are named."""
+    """Returns of each flip whether it came to pass here and changed a gradient here, and which ranks are named."""
     this = bench(config, world_size)
     this.step(0)
     gradients: list[torch.Tensor] = []
@@ -56,16 +56,11 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view({2: torch.int16, 4: torch.int32}[values.element_size()])
 
 
-def flips_of(layout: Layout, num: int, precision: str, generator: random.Random) -> list[Flip]:
+def flips_of(layout: Layout, num: int, generator: random.Random) -> list[Flip]:
     """Draws flips, equally many of each place."""
     number = 2 if layout.data > 1 else 1  # in the step's own pass
-    places = [place for place in PLACES if place != "message" or layout.pipeline > 1]
-    return [
-        Flip(
-            places[i % len(places)], number, generator.randrange(2), generator.randrange(32), generator.getrandbits(31)
-        )
-        for i in range(num)
-    ]
+    draw = generator.randrange
+    return [Flip(PLACES[i % len(PLACES)], number, draw(2), draw(32), draw(2**31)) for i in range(num)]
 
 
 def outcome_of(flip: Flip, of_ranks: Sequence[tuple[bool, bool, set[int]]]) -> str | None:
@@ -112,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, layout in LAYOUTS.items():
             for precision in BITS:
                 config = layout_config(layout, train__precision=precision, **CHECKS)
-                flips = flips_of(layout, options.flips // 4, precision, generator)
+                flips = flips_of(layout, options.flips // 4, generator)
                 of_ranks = pools(2).run(attack, config, flips, timeout=3600.0)
                 for flip, *found in zip(flips, *of_ranks, strict=True):
                     if (outcome := outcome_of(flip, found)) is None:

@@ -166,7 +166,7 @@ class Bench:
     clean: int = 0
 
     def go_back(self, step: int, reason: str, nodes: dict[int, str]) -> None:
-        self.named[-1] = {rank: reason for rank in nodes}
+        self.named[-1] = dict.fromkeys(nodes, reason)
 
     def note_clean_check(self) -> None:
         self.clean += 1
