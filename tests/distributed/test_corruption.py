@@ -39,7 +39,7 @@ LAYOUTS = [
     (Layout(pipeline=2, stage=1), "bf16", {**DROPOUT, **NORMS}),
     (Layout(pipeline=2, data=2, stage=1), "bf16", {}),
     (Layout(pipeline=2, tensor=2), "fp32", {}),
-    (Layout(tensor=2, data=2, stage=2), "fp32", {"parallel__sequence": True}),
+    (Layout(tensor=2, data=2, stage=2), "fp32", {"parallel__sequence_parallel": True}),
 ]
 
 
@@ -80,7 +80,7 @@ def suspects_of(layout: Layout, place: str, rank: int) -> set[int]:
     return {rank}
 
 
-@pytest.mark.slow_except("tp1pp1dp2-zero3-fp32", "tp1pp2dp1-zero1-bf16")
+@pytest.mark.slow_except("tp1pp1dp2-zero1-bf16")
 @pytest.mark.parametrize(
     ("layout", "precision", "overrides"),
     [pytest.param(*case, id=f"{case[0]} {case[1]}".replace(" ", "-")) for case in LAYOUTS],
