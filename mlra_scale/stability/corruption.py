@@ -109,7 +109,7 @@ class CorruptionCheck(Watcher):
             self._guard.go_back(step.number, reason, nodes)
             return {}
         if self._wrong is not None and (self._was_replayed or self._settings.replay_every == 0):
-            self._guard.note_clean_check()
+            self._guard.note_clean_check(step.number)
         if self._is_due(self._settings.checksum_every, step.number + 1):
             self._engine.state_note.take()
         return {}

@@ -103,7 +103,7 @@ class Guard(Watcher):
         self.good_step: int | None = None
         self._is_checked = config.replay_every > 0 or config.checksum_every > 0
         self._unconfirmed_step: int | None = None
-        self._num_wrong = 0
+        self._num_wrong, self._wrong_step = 0, 0
         self._clear_statistics()
         self._reset_at: int | None = None
         self._lowered: _Lowered | None = None
@@ -216,15 +216,16 @@ class Guard(Watcher):
             reason: What was found.
             nodes: The ranks at fault, each with its node.
         """
-        self._num_wrong += 1
+        self._num_wrong, self._wrong_step = self._num_wrong + 1, step
         ends_run = self._num_wrong > self._config.max_rollbacks
         if ends_run:
-            reason += f"; the run went back {self._num_wrong - 1} time(s) since the last step that was found right"
+            reason += f"; the run went back {self._num_wrong - 1} time(s) and got no further"
         self.actions = [Action("rollback", step, reason, self.good_step, (0, 0), nodes, ends_run)]
 
-    def note_clean_check(self) -> None:
+    def note_clean_check(self, step: int) -> None:
         """Takes note of a step that was checked for corruption, and found right."""
-        self._num_wrong = 0
+        if step >= self._wrong_step:
+            self._num_wrong = 0
         if self._unconfirmed_step is not None:
             self.good_step, self._unconfirmed_step = self._unconfirmed_step, None
 

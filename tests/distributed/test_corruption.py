@@ -239,5 +239,5 @@ def test_a_device_that_stays_wrong_ends_the_run(worker_pool: Pools, training_dat
     made(worker_pool, tmp_path / "run", training_data, *arguments, flips=flips, is_lasting=True, code=ExitCode.BAD_NODE)
     folder = tmp_path / "run"
     assert returns(folder) == [(6, 2, ["0"])] * 2
-    assert "the run went back 1 time(s) since" in events(folder)[-1]["reason"]
+    assert "the run went back 1 time(s) and got no further" in events(folder)[-1]["reason"]
     assert [item["step"] for item in metrics(folder)] == [1, 2]

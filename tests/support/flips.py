@@ -168,7 +168,7 @@ class Bench:
     def go_back(self, step: int, reason: str, nodes: dict[int, str]) -> None:
         self.named[-1] = dict.fromkeys(nodes, reason)
 
-    def note_clean_check(self) -> None:
+    def note_clean_check(self, step: int) -> None:
         self.clean += 1
 
     def read(self, data_rank: int, first_sample: int) -> list[Any]:

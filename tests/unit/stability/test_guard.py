@@ -380,7 +380,7 @@ class Checked(Run):
             self.actions += self.guard.actions
             self.roll_back(self.guard.actions[-1])
         else:
-            self.guard.note_clean_check()
+            self.guard.note_clean_check(self.step)
         return actions
 
 
@@ -410,14 +410,14 @@ def test_corruption_uses_up_no_rollback_of_the_data_and_lowers_no_rate() -> None
         assert run.step == 0 and run.guard.rate_factor(1) == 1.0
     run.calm(4)
     assert run.train(math.nan)[-1].skipped != (0, 0), "the one rollback that is allowed"
-    assert not any(action.ends_run for action in run.actions), "steps between them were found right"
+    assert not any(action.ends_run for action in run.actions), "it got further each time"
 
 
-def test_a_computation_that_stays_wrong_ends_the_run_at_the_good_checkpoint() -> None:
-    run = Checked(max_rollbacks=2)
+def test_a_step_that_stays_wrong_ends_the_run_at_the_good_checkpoint() -> None:
+    run = Checked(max_rollbacks=2, every=100)
     for _ in range(3):
-        run.wrong = {5}
-        run.calm(5)
+        run.wrong = {10}
+        run.calm(10)
     assert [(action.to_step, action.ends_run) for action in run.actions] == [(0, False), (0, False), (0, True)]
 
 
@@ -427,9 +427,9 @@ def test_the_unconfirmed_checkpoint_outlives_a_resume_and_not_one_that_is_saved_
     resumed = Guard(run.config, BATCH)
     resumed.load_state(json.loads(run.checkpoints[4][1]))
     assert resumed.good_step == 0
-    resumed.note_clean_check()
+    resumed.note_clean_check(5)
     assert resumed.good_step == 4
     run.guard._episode = object()  # type: ignore[assignment]
     run.guard.note_checkpoint(8)
-    run.guard.note_clean_check()
+    run.guard.note_clean_check(10)
     assert run.guard.good_step == 0, "its predecessor may have been removed when it was saved"
