@@ -17,6 +17,7 @@ from mlra_scale.checkpoint.retention import latest
 from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Watchdog
+from tests.faults import corruption
 from tests.support.flips import PLACES, Flip, Injector, bench
 from tests.support.layouts import DROPOUT, NORMS, OFFLOADED, Layout, layout_config, pieces
 from tests.support.pool import Pools
@@ -112,6 +113,11 @@ def test_checks_leave_no_trace_and_name_the_rank(
             np.testing.assert_array_equal(mine[3], theirs[3], err_msg=mine[0])
         assert report.is_unchanged and report.last == control.last, "a step that was found wrong left something behind"
         assert report.clean == 3 and control.clean == 0
+
+
+@pytest.mark.nightly
+def test_no_flip_with_an_effect_is_missed() -> None:
+    assert corruption.main(["--flips", "800", "--seed", "1"]) == 0
 
 
 BATCH = 4
