@@ -34,6 +34,7 @@ FORWARD, BACKWARD, REDUCED = range(3)  # as in parallel/checksums.py
 BOUND = 1e-3
 """By how much norms of two passes may differ, relative to the larger one, where a device does not repeat its bits."""
 
+_NAMED = 8
 _MEMORY = "holds weights or moments that changed without an update"
 _WORDS = {
     FORWARD: "another hidden state or loss",
@@ -105,8 +106,9 @@ class CorruptionCheck(Watcher):
             self._compare()  # fp16 gradients have overflown, and there was no update to be asked about
         if self._wrong:
             nodes = self._nodes_of(self._wrong)
-            reason = "; ".join(f"rank {rank} on {nodes[rank]} {what}" for rank, what in self._wrong.items())
-            self._guard.go_back(step.number, reason, nodes)
+            named = [f"rank {rank} on {nodes[rank]} {what}" for rank, what in self._wrong.items()]
+            more = [f"and {len(named) - _NAMED} more"] if len(named) > _NAMED else []
+            self._guard.go_back(step.number, "; ".join([*named[:_NAMED], *more]), nodes)
             return {}
         if self._wrong is not None and (self._was_replayed or self._settings.replay_every == 0):
             self._guard.note_clean_check(step.number)
@@ -120,18 +122,16 @@ class CorruptionCheck(Watcher):
     def _compare(self) -> None:
         """Compares on all ranks what is due, by one exchange and one read of the device; sets `_wrong`."""
         note, topology = self._engine.state_note, self._engine.topology
-        mine = [torch.zeros(0, dtype=torch.int64, device=topology.device)]
         has_note, is_replaying, self._is_replaying = note.is_taken, self._is_replaying, False
-        if has_note:
-            mine.append(note.difference()[None])
+        if not has_note and not is_replaying:
+            return
+        mine = [note.difference()[None]] if has_note else []
         if is_replaying:
             mine.append(self._engine.recorder.stop().view(torch.int64).flatten())
         packed = torch.cat(mine)
-        if not len(packed):
-            return
         gathered = [torch.empty_like(packed) for _ in range(topology.world_size)]
         dist.all_gather(gathered, packed)
-        of_ranks = torch.stack(gathered)
+        of_ranks = torch.stack(gathered).cpu()
         wrong = {}
         if has_note:
             changed = of_ranks[:, 0].ne(0).tolist()

@@ -55,6 +55,11 @@ def run(rank: int, world_size: int, config: Config, flips: list[Flip]) -> Simple
     after = [piece for part in ("values", "exp_avg", "exp_avg_sq") for piece in parts_of(engine, part)]
     last = this.step(2)[0]
     named, this.named = this.named[2:-1], []
+    if world_size == 1 and flips:  # as on a device that does not repeat its bits
+        this.check._is_exact = False
+        for flip in (None, Flip("gradient", 1, 0, 30), Flip("gradient", 1, 0, 1)):
+            this.step(3, flip, lambda proposal: this.check.before_update(proposal) and False)
+        assert [len(each) for each in this.named] == [0, 1, 0], "a large error is found, a small one is not"
     return SimpleNamespace(
         losses=[(each.loss, each.gradient_norm, each.loss_scale, each.applied) for each in results],
         last=(last.loss, last.gradient_norm, last.applied),

@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlra_scale.parallel import checksums
 from mlra_scale.parallel.checksums import Checksums
+from mlra_scale.stability import corruption
 
 DEVICE = torch.device("cpu")
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
@@ -52,3 +54,8 @@ def test_the_order_counts_and_the_last_element_of_a_long_tensor_too() -> None:
     flip(changed, len(values) - 1, 0)
     assert CHECKSUMS.of([changed], DEVICE) != before
     assert CHECKSUMS.of([values.reshape(1, -1).T], DEVICE) == before, "the shape does not count"
+
+
+def test_places_have_the_same_numbers_where_they_are_recorded_and_where_they_are_compared() -> None:
+    for name in ("FORWARD", "BACKWARD", "REDUCED"):
+        assert getattr(checksums, name) == getattr(corruption, name)
