@@ -5,11 +5,12 @@ modulo 2^64. A flipped bit changes one term by a power of two times an odd numbe
 is missed, and several are missed with a chance of about 2^-32. Where a device does not repeat its results bit by bit,
 the L2 norm stands in for the checksum, and is compared within a bound.
 
-What a pass computes is recorded at three places of every rank:
+What a pass computes is recorded at four places of every rank:
 FORWARD: the output of the rank's module (the hidden state that a pipeline stage sends, or the loss), and the loss.
 BACKWARD: the gradients of its parameters, micro-batch by micro-batch, before they are added up or summed over data
 ranks, and the gradient that a pipeline stage sends back.
-REDUCED: what its update would use: the gradients summed over micro-batches and data ranks, and their norm.
+REDUCED: the gradients that its update would use, summed over micro-batches and data ranks.
+PROPOSED: loss and gradient norm, summed over all ranks.
 """
 
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from mlra_scale.model.randomness import hash_int64
 from mlra_scale.parallel.master import MasterView
 from mlra_scale.parallel.step import UpdateProposal
 
-FORWARD, BACKWARD, REDUCED = range(3)
+FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)
 _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = 6364136223846793005
 """Joins checksums in order; any odd number would do (this one: Knuth, The Art of Computer Programming, sec. 3.3.4)."""
@@ -122,7 +123,7 @@ class PassRecorder:
         if not self._handles:
             return
         self._add(FORWARD, loss)
-        self._add(REDUCED, torch.tensor([proposal.loss, proposal.gradient_norm], dtype=torch.float64))
+        self._add(PROPOSED, torch.tensor([proposal.loss, proposal.gradient_norm], dtype=torch.float64))
         for fragment in self._view.gradients():
             self._add(REDUCED, fragment.values)
         found = torch.stack(self._totals)
@@ -130,7 +131,7 @@ class PassRecorder:
         self._clear()
 
     def stop(self) -> Tensor:
-        """Ends recording; returns [passes, 3]: int64 checksums, or float64 norms, of all passes since the start."""
+        """Ends recording; returns [passes, 4]: int64 checksums, or float64 norms, of all passes since the start."""
         for handle in self._handles:
             handle.remove()
         passes, self._handles, self._passes = torch.stack(self._passes), [], []
@@ -138,7 +139,7 @@ class PassRecorder:
 
     def _clear(self) -> None:
         dtype = torch.int64 if self._is_exact else torch.float64
-        self._totals = [torch.zeros((), dtype=dtype, device=self._device) for _ in (FORWARD, BACKWARD, REDUCED)]
+        self._totals = [torch.zeros((), dtype=dtype, device=self._device) for _ in range(4)]
 
     @torch.no_grad()
     def _add(self, place: int, values: Tensor) -> None:

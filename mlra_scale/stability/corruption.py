@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the libraries behind an engine
     from mlra_scale.config import Config
     from mlra_scale.parallel import Engine, MicroBatch, StepResult, UpdateProposal
 
-FORWARD, BACKWARD, REDUCED = range(3)  # as in parallel/checksums.py
+FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)  # as in parallel/checksums.py
 BOUND = 1e-3
 """By how much norms of two passes may differ, relative to the larger one, where a device does not repeat its bits."""
 
@@ -40,6 +40,7 @@ _WORDS = {
     FORWARD: "another hidden state or loss",
     BACKWARD: "another gradient",
     REDUCED: "another sum of gradients over micro-batches and data ranks",
+    PROPOSED: "another loss or gradient norm over all ranks",
 }
 
 Passes = Sequence[Sequence[Sequence[float]]]
@@ -138,7 +139,7 @@ class CorruptionCheck(Watcher):
             wrong = {rank: _MEMORY for rank in range(len(changed)) if changed[rank]}
             of_ranks = of_ranks[:, 1:]
         if is_replaying and not wrong:
-            passes = of_ranks.view(topology.world_size, -1, 3)
+            passes = of_ranks.view(topology.world_size, -1, 4)
             is_same = _are_equal if self._is_exact else _are_close
             values: Passes = (passes if self._is_exact else passes.view(torch.float64)).tolist()
             degrees = (topology.pipeline, topology.data, topology.tensor)
@@ -253,9 +254,13 @@ def _suspects(differing: Sequence[int], num_data: int) -> set[int]:
 
 
 def _wrong_sums(passes: Passes, is_same: Callable[[float, float], bool]) -> dict[int, str]:
-    """Returns the ranks that hold other summed gradients than before, although no rank's own gradients differ."""
-    return {
-        rank: f"got {_WORDS[REDUCED]} from the same gradients"
-        for rank, of_rank in enumerate(passes)
-        if not is_same(of_rank[0][REDUCED], of_rank[-1][REDUCED])
-    }
+    """Returns the ranks that hold other sums than before, although no rank's own losses and gradients differ."""
+    for place in (REDUCED, PROPOSED):  # the norm is wrong on all ranks where the gradients of one are
+        found = {
+            rank: f"got {_WORDS[place]} from the same gradients"
+            for rank, of_rank in enumerate(passes)
+            if not is_same(of_rank[0][place], of_rank[-1][place])
+        }
+        if found:
+            return found
+    return {}

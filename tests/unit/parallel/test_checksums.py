@@ -57,5 +57,5 @@ def test_the_order_counts_and_the_last_element_of_a_long_tensor_too() -> None:
 
 
 def test_places_have_the_same_numbers_where_they_are_recorded_and_where_they_are_compared() -> None:
-    for name in ("FORWARD", "BACKWARD", "REDUCED"):
+    for name in ("FORWARD", "BACKWARD", "REDUCED", "PROPOSED"):
         assert getattr(checksums, name) == getattr(corruption, name)

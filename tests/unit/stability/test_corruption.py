@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from mlra_scale.stability.corruption import BACKWARD, BOUND, FORWARD, REDUCED, _are_close, wrong_ranks
+from mlra_scale.stability.corruption import BACKWARD, BOUND, FORWARD, PROPOSED, REDUCED, _are_close, wrong_ranks
 
 Degrees = tuple[int, int, int]
 
@@ -18,7 +18,7 @@ class Passes:
 
         def of(stage: int, data_rank: int, tensor_rank: int) -> list[int]:
             # Of the micro-batches of a data rank, whoever computes them.
-            return [1000 * stage + 100 * data_rank + 10 * tensor_rank + place for place in range(3)]
+            return [1000 * stage + 100 * data_rank + 10 * tensor_rank + place for place in range(4)]
 
         def of_rank(rank: int) -> list[list[int]]:
             stage, rest = divmod(rank, data * tensor)
@@ -39,7 +39,7 @@ class Passes:
         return sorted(wrong_ranks(self.values, self.degrees, lambda first, second: first == second))
 
 
-ALL = (FORWARD, BACKWARD, REDUCED)
+ALL = (FORWARD, BACKWARD, REDUCED, PROPOSED)
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 3, 2)])
@@ -96,6 +96,11 @@ def test_wrong_sums_name_the_ranks_that_hold_them() -> None:
     assert Passes(data=2).spoil([0, 1], 1, [REDUCED]).named == [], (
         "over exchanged data they are summed in another order"
     )
+
+
+def test_a_wrong_norm_names_who_holds_the_gradients_or_else_who_received_it() -> None:
+    assert Passes(data=2).spoil([1], -1, [REDUCED]).spoil([0, 1], -1, [PROPOSED]).named == [1]
+    assert Passes(data=2).spoil([0], -1, [PROPOSED]).named == [0]
 
 
 def test_norms_are_compared_within_a_bound() -> None:
