@@ -54,7 +54,7 @@ def run(rank: int, world_size: int, config: Config, flips: list[Flip]) -> Simple
     is_done = [this.step(2, flip)[1] for flip in flips]
     after = [piece for part in ("values", "exp_avg", "exp_avg_sq") for piece in parts_of(engine, part)]
     last = this.step(2)[0]
-    named, this.named = this.named[2:-1], []
+    named, this.named, clean = this.named[2:-1], [], this.clean
     if world_size == 1 and flips:  # as on a device that does not repeat its bits
         this.check._is_exact = False
         for flip in (None, Flip("gradient", 1, 0, 30), Flip("gradient", 1, 0, 1)):
@@ -67,7 +67,7 @@ def run(rank: int, world_size: int, config: Config, flips: list[Flip]) -> Simple
         is_unchanged=all(np.array_equal(a[3], b[3]) for a, b in zip(state, after, strict=True)),
         named=named,
         is_done=is_done,
-        clean=this.clean,
+        clean=clean,
     )
 
 
