@@ -105,3 +105,9 @@ class GuardConfig(Section):
     """Steps before the bad updates whose data are skipped too after a rollback."""
     max_rollbacks: int = Field(3, ge=0)
     """Number of rollbacks; where one more is needed, the run stops."""
+    replay_every: int = Field(0, ge=0)
+    """Steps between steps that are computed again and compared, on the same ranks and with several data ranks on other
+    ones too, to find silent data corruption; such a step costs 2 steps, or 3 with several data ranks; 0: off."""
+    checksum_every: int = Field(0, ge=0)
+    """Steps between steps before and after which weights and optimizer state are summed up, to find what changed in
+    memory between two updates; 0: off."""

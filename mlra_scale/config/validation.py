@@ -312,6 +312,13 @@ def _stability(config: Config, world_size: int) -> Failures:
             "leaves the guard no checkpoint to roll back to but the start of the run (guard.enabled is true); set it "
             "to the number of steps that you can afford to lose, or guard.enabled=false",
         )
+    for name in ("replay_every", "checksum_every"):
+        if getattr(guard, name) > 0 and not guard.enabled:
+            yield (
+                f"guard.{name}",
+                "finds steps that were computed wrong, and only the guard takes a run back from them; set "
+                "guard.enabled=true, or it to 0",
+            )
     data = world_size // (parallel.tensor * parallel.pipeline)
     if config.gradients.noise_every > 0 and train.global_batch_size < 2 * data * train.micro_batch_size:
         yield (

@@ -17,6 +17,7 @@ from mlra_scale.config import BatchPlan, Config, deepspeed_config, zero_stage
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import load_vectors, spectral_norms, stored_vectors
 from mlra_scale.model.update_rules import update_rules
+from mlra_scale.parallel.checksums import Checksums, PassRecorder, StateNote
 from mlra_scale.parallel.factor_norms import FactorNorms
 from mlra_scale.parallel.fragments import Fragment, scale_rows
 from mlra_scale.parallel.master import (
@@ -44,11 +45,15 @@ class Engine(ABC):
         adam_begun_at: After how many updates of the run AdamW of a parameter began, of those where that is not 0: its
             optimizer was another one until then. AdamW counts its updates from there.
         num_skipped: Updates left out so far, overflows included.
+        recorder: Records fingerprints of passes, where it is started.
+        state_note: Finds changes of weights and optimizer state that no update has made.
         deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
         before_change: Called before weights or moments change; who reads them meanwhile sets it. None: nobody does.
     """
 
     module: nn.Module
+    recorder: PassRecorder
+    state_note: StateNote
     deepspeed_engine: Any
     before_change: Callable[[], None] | None = None
     _view: MasterView
@@ -83,6 +88,9 @@ class Engine(ABC):
             # DeepSpeed would copy all gradients into one buffer, to reduce them over a single rank.
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
+        checksums, device = Checksums(), self.topology.device
+        self.recorder = PassRecorder(self.module, self._view, checksums, device)
+        self.state_note = StateNote(self._view, checksums, device)
         self._tied_copies = tied_copies
         self._spectral_norms = spectral_norms(self.module)
         self._matrix_optimizer = self._build_matrix_optimizer(named)
@@ -150,6 +158,7 @@ class Engine(ABC):
             return self._pass(batches, between).gradient_norm
         finally:
             self._has_update = True
+            self._forget_spectral_norms()  # the next pass computes them itself: so it can be compared with this one
 
     def _pass(self, batches: Sequence[MicroBatch], between: Between | None) -> UpdateProposal:
         assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
@@ -195,6 +204,7 @@ class Engine(ABC):
     def _gated_update(self) -> None:
         """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
         self._proposal = proposal = self._propose()
+        self.recorder.end_pass(self._local_loss(), proposal)
         if not self._has_update:
             self._view.skip_update()
             return
@@ -277,8 +287,16 @@ class Engine(ABC):
             mine = factors[fragment.name].chunk(self.topology.tensor)[self.topology.tensor_rank]
             scale_rows(fragment, math.prod(info.shape[1:]), mine)
         self._view.copy_masters_to_model()
+        self._weights_have_changed()
+
+    def _weights_have_changed(self) -> None:
+        """Drops what was found from the weights before something else than an update changed them."""
+        self.state_note.drop()
+        self._forget_spectral_norms()
+
+    def _forget_spectral_norms(self) -> None:
         for norm in self._spectral_norms:
-            norm.found = None  # the weights have changed
+            norm.found = None
 
     # What a checkpoint holds.
 
@@ -354,8 +372,7 @@ class Engine(ABC):
             stored = state["loss_scaler"] if state is not None else None
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
         self._view.copy_masters_to_model()
-        for norm in self._spectral_norms:
-            norm.found = None  # the weights have changed
+        self._weights_have_changed()
 
     def has_counts_for(self, adam_begun_at: Mapping[str, int]) -> bool:
         """Returns whether parameters whose updates this engine counts together began together, too."""

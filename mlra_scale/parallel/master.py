@@ -75,6 +75,16 @@ class MasterView(ABC):
         By default nothing is to be done: DeepSpeed's engine zeroes the gradients after every step.
         """
 
+    def state(self) -> Iterator[torch.Tensor]:
+        """Yields all that the next pass and the next update read: fp32 weights, moments, and the model's weights."""
+        for master in self.adam.masters:
+            yield master
+            yield from (values for values in self.adam.of(master).values() if torch.is_tensor(values))
+        yield from self._model_weights()
+
+    def _model_weights(self) -> Iterator[torch.Tensor]:
+        yield from self.named.values()
+
     def forget_moments(self) -> None:
         self.adam.forget()
 
@@ -150,6 +160,9 @@ class ReplicatedView(MasterView):
 
     def copy_masters_to_model(self) -> None:
         """The model computes with the masters."""
+
+    def _model_weights(self) -> Iterator[torch.Tensor]:
+        return iter(())
 
 
 class _MappedView(MasterView):
@@ -234,6 +247,7 @@ class PartitionedView(_MappedView):
     def update(self, gradient_norm: float, limit: float) -> None:
         self._known.set(gradient_norm, limit)
         self._step()
+        self._drop_sums()
 
     def skip_update(self) -> None:
         optimizer = self.optimizer
@@ -243,10 +257,16 @@ class PartitionedView(_MappedView):
         optimizer._release_preflattened_grad_buffers()
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
-        else:
-            for group in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[group] = None
-                optimizer.all_grad_tensors[group] = None
+        self._drop_sums()
+
+    def _drop_sums(self) -> None:
+        """Drops the sums of gradients.
+
+        After an overflow DeepSpeed keeps those of an offloaded optimizer, and the next step would add to them.
+        """
+        for sums in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+            for group in sums:
+                sums[group] = None
 
     def _flat_gradients(self, group: int) -> list[torch.Tensor]:
         if self.optimizer.cpu_offload:
@@ -314,6 +334,10 @@ class Stage3View(MasterView):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _model_weights(self) -> Iterator[torch.Tensor]:
+        """Yields this rank's pieces; which whole weights are gathered differs from moment to moment."""
+        yield from (parameter.ds_tensor for parameter in self.named.values())  # type: ignore[attr-defined]
 
     def _pieces(self) -> Iterator[tuple[str, Any, int, int]]:
         """(name, parameter, first element, number of real elements) of the pieces that are not only padding."""

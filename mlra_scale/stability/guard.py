@@ -6,6 +6,7 @@ From the loss and the gradient norm of a step, which are the same on every rank,
 3. If that does not help, or if the loss has diverged, the run rolls back to the last checkpoint from before the
    trouble and skips the data on which it occurred (Chowdhery et al. 2022 (PaLM), sec. 5.1).
 4. After a number of rollbacks it gives up.
+A step that was computed wrong (corruption.py) is none of these: the run goes back and reads the same data again.
 An overflow of fp16 gradients is none of these, since the loss scale is then lowered; a long row of them leads to 3.
 
 This file decides; training/loop/session.py carries it out. All decisions are arithmetic over numbers that the ranks
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlra_scale.config import GuardConfig
@@ -40,7 +41,9 @@ class Action:
         step: The step.
         reason: In words, with the numbers.
         to_step: Of a rollback: step of the checkpoint.
-        skipped: Of a rollback: the samples (first, one after the last) that are not read again.
+        skipped: Of a rollback: the samples (first, one after the last) that are not read again; (0, 0): none.
+        nodes: The ranks that computed wrong, where that is the reason, each with its node.
+        ends_run: Whether the run ends after the rollback, because the computation stays wrong.
     """
 
     kind: Literal["skip", "lower_rate", "rollback", "give_up"]
@@ -48,6 +51,8 @@ class Action:
     reason: str
     to_step: int | None = None
     skipped: tuple[int, int] | None = None
+    nodes: Mapping[int, str] = field(default_factory=dict)
+    ends_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ class Guard(Watcher):
         self.actions: list[Action] = []
         self.rollbacks: list[dict[str, Any]] = []
         self.good_step: int | None = None
+        self._is_checked = config.replay_every > 0 or config.checksum_every > 0
+        self._unconfirmed_step: int | None = None
+        self._num_wrong, self._wrong_step = 0, 0
         self._clear_statistics()
         self._reset_at: int | None = None
         self._lowered: _Lowered | None = None
@@ -191,24 +199,54 @@ class Guard(Watcher):
         return [self._roll_back(step, self._overflow_sample if episode is None else episode.first_sample, fault)]
 
     def _roll_back(self, step: Step, first_sample: int, reason: str) -> Action:
-        if len(self.rollbacks) >= self._config.max_rollbacks:
-            return Action("give_up", step.number, f"{reason}; the run went back {len(self.rollbacks)} time(s) already")
+        num_before = sum(map(_skips_data, self.rollbacks))
+        if num_before >= self._config.max_rollbacks:
+            return Action("give_up", step.number, f"{reason}; the run went back {num_before} time(s) already")
         if self.good_step is None:
             return Action("give_up", step.number, f"{reason}; there is no checkpoint from before that")
         start = max(0, first_sample - self._config.skip_before * self._batch)
         skipped = (start, step.first_sample + self._batch)
         return Action("rollback", step.number, reason, self.good_step, skipped)
 
+    def go_back(self, step: int, reason: str, nodes: Mapping[int, str]) -> None:
+        """Decides on a step that was computed wrong, whatever its numbers have led to: the run reads its data again.
+
+        Args:
+            step: The step.
+            reason: What was found.
+            nodes: The ranks at fault, each with its node.
+        """
+        self._num_wrong, self._wrong_step = self._num_wrong + 1, step
+        ends_run = self._num_wrong > self._config.max_rollbacks
+        if ends_run:
+            reason += f"; the run went back {self._num_wrong - 1} time(s) and got no further"
+        self.actions = [Action("rollback", step, reason, self.good_step, (0, 0), nodes, ends_run)]
+
+    def note_clean_check(self, step: int) -> None:
+        """Takes note of a step that was checked for corruption, and found right."""
+        if step >= self._wrong_step:
+            self._num_wrong = 0
+        if self._unconfirmed_step is not None:
+            self.good_step, self._unconfirmed_step = self._unconfirmed_step, None
+
     def note_checkpoint(self, step: int) -> None:
-        """Makes a new checkpoint that of the next rollback, if there is no trouble and the loss is not rising."""
+        """Makes a new checkpoint that of the next rollback, if there is no trouble and the loss is not rising.
+
+        Where steps are checked for corruption, it first has to be confirmed by a later step that is right.
+        """
         is_rising = 0 < self._rising_steps <= _RISING_WINDOWS * self._config.window
         is_calm = self._episode is None and self._overflow_sample is None
-        if self.is_enabled and is_calm and not is_rising:
+        is_good = self.is_enabled and is_calm and not is_rising
+        if self._is_checked:
+            # One that is not good makes an older one removable, which must then not be returned to.
+            self._unconfirmed_step = step if is_good else None
+        elif is_good:
             self.good_step = step
 
     def begin_at(self, step: int) -> None:
         """Makes a checkpoint that of the next rollback because the run begins from it."""
         self.good_step, self._episode, self._overflow_sample = step, None, None
+        self._unconfirmed_step = None
 
     def reset_statistics(self, step: int) -> None:
         """Drops the statistics of earlier steps, because a change makes them meaningless for those after `step`.
@@ -217,7 +255,7 @@ class Guard(Watcher):
         """
         self._clear_statistics()
         self._reset_at = step
-        self.good_step = step if self.is_enabled else None
+        self.good_step, self._unconfirmed_step = step if self.is_enabled else None, None
 
     def note_rollback(self, action: Action) -> None:
         """Continues from the checkpoint of a rollback, whose state has been loaded."""
@@ -249,7 +287,7 @@ class Guard(Watcher):
         if step != self.rollbacks[-1]["to_step"]:
             return
         self.begin_at(step)
-        num_returns = sum(rollback["to_step"] == step for rollback in self.rollbacks)
+        num_returns = sum(rollback["to_step"] == step and _skips_data(rollback) for rollback in self.rollbacks)
         if num_returns > 1:
             factor = self._config.rate_factor ** (num_returns - 1)
             self._lowered = _Lowered(factor, step + 1, step + 1 + self._config.rate_steps)
@@ -264,6 +302,7 @@ class Guard(Watcher):
             "episode": None if self._episode is None else asdict(self._episode),
             "lowered": None if self._lowered is None else asdict(self._lowered),
             "good_step": self.good_step,
+            "unconfirmed_step": self._unconfirmed_step,
             "forgot_at": self._reset_at,
             "rollbacks": self.rollbacks,
         }
@@ -280,7 +319,7 @@ class Guard(Watcher):
         self._overflow_sample = state.get("overflow_sample")
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
-        self.good_step = state["good_step"]
+        self.good_step, self._unconfirmed_step = state["good_step"], state.get("unconfirmed_step")
         if (reset_at := state.get("forgot_at")) is not None:  # a rollback leads to before the reset
             self._reset_at = reset_at
         if len(state["rollbacks"]) > len(self.rollbacks):
@@ -312,3 +351,8 @@ class Guard(Watcher):
             if math.isfinite(value):
                 is_judged = len(window) >= self._config.min_window
                 window.append(min(value, self._limit(window)) if is_judged else value)
+
+
+def _skips_data(rollback: Mapping[str, Any]) -> bool:
+    """Whether data were the reason of a rollback, and not corruption."""
+    return bool(rollback["skipped_from"] < rollback["skipped_to"])

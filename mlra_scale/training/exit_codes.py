@@ -27,7 +27,9 @@ class ExitCode(IntEnum):
     """A signal requested a stop: all ranks stopped after the same step. Its checkpoint is complete, unless there was
     nothing to save yet. Running again continues from there."""
     BAD_NODE = 6
-    """The checks before the first step found a node that cannot be used; nothing was trained."""
+    """The checks before the first step found a node that cannot be used, and nothing was trained. Or a step was
+    computed wrong (guard.replay_every, guard.checksum_every): running again continues from the checkpoint to which the
+    guard has returned."""
     UNSTABLE = 7
     """The run stayed unstable after the largest allowed number of rollbacks."""
     EXPORT_FAILED = 8

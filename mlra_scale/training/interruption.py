@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -216,9 +217,19 @@ class Watchdog:
 
     lock_seconds = 2.0
     """How long to wait for another run that still holds the lock of the run directory."""
+    node = socket.gethostname()
+    """The name of this node."""
 
     def heartbeat(self, phase: str, step: int) -> None:
         """Reports the present step and what the rank does from now on (such as `training`); called often: be cheap."""
 
     def check(self, device: torch.device) -> None:
         """Checks all ranks together, once, as soon as they can communicate; collective."""
+
+    def exclude(self, node: str, reason: str) -> bool:
+        """Called on all ranks when a node has computed wrong.
+
+        Returns:
+            Whether the ranks are to end, since they will be started again without it; the same on all ranks.
+        """
+        return False

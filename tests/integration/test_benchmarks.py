@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkpoint, optimizers, preparation, render, restart, scaling, step_time
+from benchmarks import checkpoint, corruption, optimizers, preparation, render, restart, scaling, step_time
 from benchmarks.contenders import PlainGPT2, Shape, Step, TransformersGPT2, config_of, step_of_module
 from benchmarks.harness import Report, Table, ratios, rotated, text_of
 from benchmarks.tensor_memory import start
@@ -42,7 +42,9 @@ def spreads_of(report: dict[str, Any]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "benchmark", [checkpoint, optimizers, preparation, restart, scaling, step_time], ids=lambda it: it.__name__
+    "benchmark",
+    [checkpoint, corruption, optimizers, preparation, restart, scaling, step_time],
+    ids=lambda it: it.__name__,
 )
 def test_benchmarks_refuse_at_once(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [(["--rounds", "1"], "--rounds 1: a spread needs at least 2")]
@@ -238,6 +240,12 @@ def test_optimizers_run_and_their_messages_are_counted(tmp_path: Path) -> None:
     matrices = {name: 2 * (9 if "mlra" in name else 6) for name in exchanges}  # two blocks
     assert exchanges == {name: 2 * math.ceil(number / 2) for name, number in matrices.items()}
     assert set(exchanges) == {"muon, mlra", "spectron, mlra", "muon, dense"}
+
+
+@pytest.mark.slow
+def test_checks_against_corruption_are_timed(tmp_path: Path) -> None:
+    _, report = run_quick("corruption", tmp_path / "report.json")
+    assert len(spreads_of(report)) == 2 * 4 and all(ratio["min"] > 0.0 for ratio in spreads_of(report))
 
 
 def test_data_ranks_share_the_samples_of_one_process() -> None:

@@ -249,6 +249,58 @@ def test_a_bad_node_is_named_and_excluded(cluster: SlurmCluster, start: Start, t
     assert job.job_file()["excluded"] == {"n2": "has deepspeed 9.9.9 instead of 0.19.8"}
 
 
+FLIPPING = """
+import sys, threading, time
+
+def flip_when_loaded():
+    while "mlra_scale.training.loop.trainer" not in sys.modules:
+        time.sleep(0.01)
+    import torch
+    from mlra_scale.stability.corruption import CorruptionCheck
+    before_step = CorruptionCheck.before_step
+
+    def flipping(check, step):
+        before_step(check, step)
+        if step.number == 7:
+            weights = check._engine._view.adam.masters[0].data.view(-1)
+            weights[:1].view(torch.int32).bitwise_xor_(1 << 20)
+
+    CorruptionCheck.before_step = flipping
+
+threading.Thread(target=flip_when_loaded, daemon=True).start()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_whose_memory_flips_a_bit_is_named_and_excluded_and_nothing_is_lost(
+    cluster: SlurmCluster, start: Start, reference: Reference, tmp_path: Path
+) -> None:
+    """At step 7 of every start there: the run is back at the checkpoint of step 5 when its job is queued again."""
+    (tmp_path / "sitecustomize.py").write_text(FLIPPING)
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        f"if [[ $SLURMD_NODENAME == n2 ]]; then export PYTHONPATH={tmp_path}:$PYTHONPATH; fi\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    job = start(
+        "pretrain_zero3.sh",
+        "guard.checksum_every=1",
+        "checkpoint.every=5",
+        "train.steps=12",
+        sbatch=("--nodes=2", "--nodelist=n2"),
+        MLRA_PYTHON=str(python),
+    )
+    wait_until(lambda: cluster.job(job.job_id)["ExcNodeList"] == "n2" or job.has_ended(), PATIENCE, job.text)
+    cluster.run("scontrol", "update", f"JobId={job.job_id}", "ReqNodeList=")
+    job.wait_for_end()
+    assert "n2" not in job.nodes() and job.ends() == ["bad_node", "done"]
+    ((node, reason),) = job.job_file()["excluded"].items()
+    assert node == "n2" and "on n2 holds weights or moments that changed without an update" in reason
+    assert compared(job.run) == compared(reference(("checkpoint.every=5", "train.steps=12"), ZERO3, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["a file/run", "/proc/1/run"])
 def test_a_run_directory_that_cannot_be_made_is_bad_input(start: Start, tmp_path: Path, run: str) -> None:

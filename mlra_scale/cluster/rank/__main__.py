@@ -52,7 +52,7 @@ class NodeWatchdog(Watchdog):
     lock_seconds = 150.0
 
     def __init__(self, heartbeats: HeartbeatSender, node: str, shared: Path) -> None:
-        self._heartbeats, self._node, self._shared = heartbeats, node, shared
+        self._heartbeats, self.node, self._shared = heartbeats, node, shared
 
     def heartbeat(self, phase: str, step: int) -> None:
         """See Watchdog."""
@@ -65,7 +65,12 @@ class NodeWatchdog(Watchdog):
             BadNodes: Some node cannot be used; on all ranks.
         """
         self._heartbeats.begin("checking")
-        check_together(device, self._node, self._shared)
+        check_together(device, self.node, self._shared)
+
+    def exclude(self, node: str, reason: str) -> bool:
+        """See Watchdog."""
+        self._heartbeats.send(bad_nodes={node: reason})
+        return True
 
 
 def _stacks_file(path: Path) -> IO[str]:

@@ -18,8 +18,9 @@ _NAMES = {
     "activations": "activation probe",
     "tasks": "perplexity of texts",
     "qk_clip": "QK-clip",
+    "replay": "replay against corruption",
 }
-_WITHIN_A_STEP = ["tev", "gradients", "noise", "qk_clip"]
+_WITHIN_A_STEP = ["tev", "gradients", "noise", "qk_clip", "replay"]
 """Measurements whose time `tokens_per_second` counts as part of a step."""
 
 

@@ -269,15 +269,17 @@ class Report:
         assert action.skipped is not None
         start, stop = action.skipped
         lowered = "" if rate["until"] is None else f", learning rate times {rate['factor']:g}"
+        skipped = "" if start == stop else f", samples {start:,} to {stop - 1:,} are not read again"
+        nodes = {"nodes": {str(rank): node for rank, node in action.nodes.items()}} if action.nodes else {}
         self.note(
             "guard_rollback",
-            f"guard, step {action.step}: back to step {progress.step}, samples {start:,} to {stop - 1:,} are not read "
-            f"again{lowered}: {action.reason}",
+            f"guard, step {action.step}: back to step {progress.step}{skipped}{lowered}: {action.reason}",
             step=action.step,
             to_step=progress.step,
             skipped_from=start,
             skipped_to=stop,
             **rate,
+            **nodes,
             reason=action.reason,
         )
         self._metrics.close()

@@ -243,6 +243,8 @@ class Session:
         text = "stopped during a rollback of the guard: --resume auto does it again"
         self.interruption.limit(EXPENDABLE_SECONDS, text)
         self.roll_back(last)
+        if last.nodes:
+            self._leave_bad_node(last)
         self.interruption.limit(None)
         return True
 
@@ -268,6 +270,21 @@ class Session:
                 self.report.say(notice)
 
         on_rank_0(write, self.topology, self.progress.step, ExitCode.CHECKPOINT_FAILED)
+
+    def _leave_bad_node(self, action: Action) -> None:
+        """Ends the run, which is back at a good checkpoint, where it can be started without the node that is at fault.
+
+        Where ranks of several nodes are suspected, none is left out.
+        """
+        nodes = sorted(set(action.nodes.values()))
+        is_excluded = len(nodes) == 1 and self.watchdog.exclude(nodes[0], action.reason)
+        if is_excluded or action.ends_run:
+            self.interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.BAD_NODE)
+            message = (
+                f"step {action.step}: {action.reason}. The run is back at step {action.to_step}; continue without "
+                f"{' and '.join(nodes)}, with --resume auto"
+            )
+            raise TrainingStopped(message, {"step": action.step, "node": " ".join(nodes)}, ExitCode.BAD_NODE)
 
     def _given_up(self, action: Action) -> TrainingStopped:
         returns = [

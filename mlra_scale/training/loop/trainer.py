@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.config import ConfigError, Problem
-from mlra_scale.data import open_datasets
+from mlra_scale.data import Batch, open_datasets
 from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
 from mlra_scale.planning.choice import LayoutChoice
+from mlra_scale.stability.corruption import CorruptionCheck
 from mlra_scale.stability.gradients import GradientStatistics
 from mlra_scale.stability.guard import Guard
 from mlra_scale.stability.qk_clip import QkClip
@@ -22,7 +23,7 @@ from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption, Watchdog
 from mlra_scale.training.log.console import suppressed_output
 from mlra_scale.training.log.report import Report, report_nothing_to_do
-from mlra_scale.training.loop.batches import BadData, Prefetcher
+from mlra_scale.training.loop.batches import BadData, Prefetcher, read_batches
 from mlra_scale.training.loop.checkpoints import Checkpoints
 from mlra_scale.training.loop.session import Session
 from mlra_scale.training.schedule import Progress
@@ -53,12 +54,17 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
     say = report.say if is_main else None
     tev, metrics = TevWatcher(engine, config), StepMetrics(config, plan, device, say)
     garbage = GarbageCollection(config.train.garbage_every)
+
+    def read_of(data_rank: int, first_sample: int) -> list[Batch]:
+        return session.read(partial(read_batches, datasets.train, plan, data_rank, first_sample))
+
     watchers = Watchers(
         finite,  # first: after a step that ends the run nothing is measured; the guard needs its count of overflows
         guard,
         SpikeScores(),
         GradientStatistics(engine, config, hear_stop),  # before QK-clip, which changes weights after the update
         QkClip(engine, config.model, config.qk_clip, plan),
+        CorruptionCheck(engine, config, guard, watchdog.node, read_of, report.say),
         tev,
         metrics,  # after the measurements, whose time is part of the step's
         StepProfiler(config.profile, run.directory.profile, device, config.train.steps, say),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.cluster.messages import Heartbeat
+from mlra_scale.cluster.messages import Heartbeat, RankMessage
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSender, HeartbeatSocket
 from mlra_scale.process_tree import process_state
 
@@ -124,6 +124,16 @@ def test_a_message_arrives_at_once(node: HeartbeatSocket, sender: HeartbeatSende
     sender.send(number=1)
     assert node.receive() == [{"bad_nodes": {"a": "ECC \u00e9"}}, {"number": 1}]
     assert node.receive() == []
+
+
+def test_a_rank_reports_a_node_that_has_computed_wrong_and_ends(
+    node: HeartbeatSocket, sender: HeartbeatSender, tmp_path: Path
+) -> None:
+    from mlra_scale.cluster.rank.__main__ import NodeWatchdog
+
+    assert NodeWatchdog(sender, "n1", tmp_path).exclude("n2", "rank 3 on n2 computes wrong") is True
+    (message,) = map(RankMessage.of, node.receive())
+    assert message.bad_nodes == {"n2": "rank 3 on n2 computes wrong"}
 
 
 def test_a_rank_continues_without_its_node(node: HeartbeatSocket, sender: HeartbeatSender) -> None:

@@ -24,6 +24,10 @@ model.depth_rule=completep model.depth_scaled_init=true
     model.depth_scaled_init: depend on the depth once more, beside model.depth_rule completep; leave it null
 guard.enabled=true checkpoint.every=0
     checkpoint.every: set it to the number of steps that you can afford to lose
+guard.replay_every=100
+    guard.replay_every: only the guard takes a run back from them; set guard.enabled=true, or it to 0
+guard.checksum_every=1
+    guard.checksum_every: finds steps that were computed wrong
 optim.newton_schulz_coefficients=[30,4,2]
     optim.newton_schulz_coefficients: 5 iterations s <- a s + b s^3 + c s^5 (optim.newton_schulz_steps) bring the singular value 1 to inf, and at most 2
 optim.newton_schulz_coefficients=[1.0,0.0,0.3] optim.newton_schulz_steps=2

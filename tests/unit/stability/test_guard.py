@@ -359,3 +359,77 @@ def decisions(values: Iterable[float], cut: int | None) -> tuple[list[Action], l
 @given(losses, st.integers(0, 79))
 def test_decisions_do_not_depend_on_a_resume(values: list[float], cut: int) -> None:
     assert decisions(values, cut) == decisions(values, None)
+
+
+class Checked(Run):
+    """A run that is checked for corruption at every fifth step."""
+
+    def __init__(self, **changed: Any) -> None:
+        super().__init__(replay_every=5, **changed)
+        self.guard.begin_at(0)
+        self.save()
+        self.wrong: set[int] = set()
+
+    def train(self, loss: float, norm: float = 1.0) -> list[Action]:
+        actions = super().train(loss, norm)
+        if self.step % 5:
+            return actions
+        if self.step in self.wrong:
+            self.wrong.discard(self.step)
+            self.guard.go_back(self.step, "rank 1 on n1 is wrong", {1: "n1"})
+            self.actions += self.guard.actions
+            self.roll_back(self.guard.actions[-1])
+        else:
+            self.guard.note_clean_check(self.step)
+        return actions
+
+
+def test_corruption_leads_back_to_a_checkpoint_that_a_later_check_has_confirmed_and_skips_no_data() -> None:
+    run = Checked(every=7)
+    run.wrong = {15}
+    run.calm(15)
+    assert run.step == 7, "step 14 was saved after the last clean check, that of step 10"
+    assert run.guard.good_step == 7
+    before = len(run.first_samples)
+    run.calm(8)
+    assert run.first_samples[before:] == [(7 + i) * BATCH for i in range(8)], "its data are read again"
+    assert run.guard.rate_factor(9) == 1.0
+    run.wrong = {25}
+    run.calm(10)
+    assert [(action.kind, action.to_step, action.nodes) for action in run.actions] == [
+        ("rollback", 7, {1: "n1"}),
+        ("rollback", 14, {1: "n1"}),
+    ]
+
+
+def test_corruption_uses_up_no_rollback_of_the_data_and_lowers_no_rate() -> None:
+    run = Checked(max_rollbacks=1, max_skips=0, max_lowerings=0, every=100)
+    for step in (5, 10, 15):
+        run.wrong = {step}
+        run.calm(step)
+        assert run.step == 0 and run.guard.rate_factor(1) == 1.0
+    run.calm(4)
+    assert run.train(math.nan)[-1].skipped != (0, 0), "the one rollback that is allowed"
+    assert not any(action.ends_run for action in run.actions), "it got further each time"
+
+
+def test_a_step_that_stays_wrong_ends_the_run_at_the_good_checkpoint() -> None:
+    run = Checked(max_rollbacks=2, every=100)
+    for _ in range(3):
+        run.wrong = {10}
+        run.calm(10)
+    assert [(action.to_step, action.ends_run) for action in run.actions] == [(0, False), (0, False), (0, True)]
+
+
+def test_the_unconfirmed_checkpoint_outlives_a_resume_and_not_one_that_is_saved_in_trouble() -> None:
+    run = Checked(every=4)
+    run.calm(4)
+    resumed = Guard(run.config, BATCH)
+    resumed.load_state(json.loads(run.checkpoints[4][1]))
+    assert resumed.good_step == 0
+    resumed.note_clean_check(5)
+    assert resumed.good_step == 4
+    run.guard._episode = object()  # type: ignore[assignment]
+    run.guard.note_checkpoint(8)
+    run.guard.note_clean_check(10)
+    assert run.guard.good_step == 0, "its predecessor may have been removed when it was saved"
