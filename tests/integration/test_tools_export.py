@@ -65,7 +65,14 @@ def refused(code: int, *arguments: object) -> str:
 @pytest.mark.slow
 def test_a_process_of_its_own_prints_no_warnings_of_libraries(run: Path, tmp_path: Path) -> None:
     """They are printed at imports, which have happened long ago in the process of the other tests."""
-    command = [sys.executable, ROOT / "tools" / "export_hf.py", run, tmp_path / "out", "--format", "mlra"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "export_hf.py"),
+        str(run),
+        str(tmp_path / "out"),
+        "--format",
+        "mlra",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
     assert (result.returncode, result.stderr) == (0, "")
 
