@@ -247,7 +247,6 @@ class PartitionedView(_MappedView):
     def update(self, gradient_norm: float, limit: float) -> None:
         self._known.set(gradient_norm, limit)
         self._step()
-        self._drop_sums()
 
     def skip_update(self) -> None:
         optimizer = self.optimizer
@@ -257,14 +256,8 @@ class PartitionedView(_MappedView):
         optimizer._release_preflattened_grad_buffers()
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
-        self._drop_sums()
-
-    def _drop_sums(self) -> None:
-        """Drops the sums of gradients.
-
-        After an overflow DeepSpeed keeps those of an offloaded optimizer, and the next step would add to them.
-        """
-        for sums in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+        # Under offload too, where the wrapper keeps the fp32 sums of bf16 gradients: the next step would add to them.
+        for sums in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for group in sums:
                 sums[group] = None
 
