@@ -39,7 +39,7 @@ class Fuse:
 
     def __init__(self, behind: str, device: int) -> None:
         self.device, self.behind = device, behind
-        self.paths, self.numbers = {1: ""}, {"": 1}
+        self.paths, self.numbers, self.last = {1: ""}, {"": 1}, 1
         self.counts: dict[str, int] = {}
         self.fault: dict[str, Any] = {}
         self.hits = 0
@@ -78,8 +78,9 @@ class Fuse:
     def entry(self, node: int, name: bytes) -> bytes:
         """A node for a name, new ones numbered; nothing is cached by the kernel."""
         found, relative = self.attributes(self.path(node, name)), self.relative(node, name)
-        number = self.numbers.setdefault(relative, max(self.paths) + 1)
-        self.paths[number] = relative
+        if (number := self.numbers.get(relative)) is None:
+            number = self.last = self.last + 1
+            self.numbers[relative], self.paths[number] = number, relative
         return struct.pack("<4Q2I", number, 0, 0, 0, 0, 0) + found
 
     def moved(self, old: str, new: str) -> None:

@@ -24,6 +24,8 @@ PATIENCE = 900.0
 """Seconds until the run must have come back from a fault."""
 CHECKPOINTS_BETWEEN = 2
 """New checkpoints before the next fault: failures in a row without one would rightly end the job."""
+POLL = 0.3
+"""Seconds between two looks at the run: what the times are exact to."""
 PAUSE = 8.0
 """Seconds for which a rank is stopped, or the file system is frozen, without the loss of an attempt."""
 OUTAGE = 30.0
@@ -94,8 +96,11 @@ class Hour:
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Waits for something; the job may not end meanwhile."""
-        wait_until(lambda: bool(condition()) or self.job.has_ended(), PATIENCE, lambda: f"{what}\n{self.tail()}")
-        assert condition(), f"the job ended, and not so: {what}\n{self.tail()}"
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert not self.job.has_ended() or condition(), f"the job ended before {what}\n{self.tail()}"
+            assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s not: {what}\n{self.tail()}"
+            time.sleep(POLL)
 
     def tail(self) -> str:
         """The end of the job's output."""

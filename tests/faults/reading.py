@@ -18,7 +18,7 @@ import numpy as np
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.retention import newest_complete
 from mlra_scale.cluster.job_file import JobAttempt, JobFile, read_job_file
-from mlra_scale.config import load_config
+from mlra_scale.config import ConfigError, load_config
 from mlra_scale.console import InputError
 from mlra_scale.data.index_cache import cached_indices
 from mlra_scale.data.sources import SourceName, open_sources, texts_of
@@ -54,6 +54,7 @@ class Reader:
         make: Makes a sound folder.
         read: Reads all that a program uses of it; returns it in a form that can be compared.
         is_hashed: Whether any change must be found.
+        is_by_hand: Whether a person writes it: messages name the field, its value and the remedy instead of the file.
         tier: Of the case.
     """
 
@@ -62,6 +63,7 @@ class Reader:
     make: Callable[[Bench, Path], object]
     read: Callable[[Path], Any]
     is_hashed: bool = False
+    is_by_hand: bool = False
     tier: str = ""
 
     def case(self) -> Case:
@@ -82,7 +84,9 @@ class Reader:
                 except (InputError, ValueError) as error:
                     text = str(error)
                     # Some messages name a folder, whose files belong together.
-                    assert Path(file).name in text or f"{folder}" in text, f"not named: {text[:500]}"
+                    is_named = Path(file).name in text or str(folder) in text
+                    is_named |= self.is_by_hand and isinstance(error, ConfigError) and bool(error.problems[0].field)
+                    assert is_named, f"not named: {text[:500]}"
                     assert text.replace("\n", "").isprintable() and len(text) < LONGEST, ascii(text[:500])
                 except Exception as error:
                     raise AssertionError(f"{type(error).__name__}: {error}"[:500]) from error
@@ -145,7 +149,6 @@ def newest(folder: Path) -> Any:
 
 def data(folder: Path) -> Any:
     """All samples, and what else a run reads of prepared data."""
-    from mlra_scale.config import ConfigError
     from mlra_scale.data.opening import check_data, open_datasets
     from tests.unit.data.builders import config_for
 
@@ -356,18 +359,26 @@ READERS = (
     Reader("configuration of a run", (f"{RUN}/config.yaml",), make_run, of_run(lambda run: read_stored(run.config))),
     Reader("started_from", (f"{RUN}/started_from",), make_run, of_run(RunDirectory.origin)),
     Reader("result of a cell", (f"{RUN}/result.json",), make_run, of_run(result)),
-    Reader("study", ("study.yaml",), text("study.yaml", STUDY), lambda folder: load_study(folder / "study.yaml")),
+    Reader(
+        "study",
+        ("study.yaml",),
+        text("study.yaml", STUDY),
+        lambda folder: load_study(folder / "study.yaml"),
+        is_by_hand=True,
+    ),
     Reader(
         "configuration file",
         ("config.yaml",),
         text("config.yaml", CONFIG),
         lambda folder: load_config("debug", folder / "config.yaml"),
+        is_by_hand=True,
     ),
     Reader(
         "DeepSpeed file",
         ("zero.json",),
         text("zero.json", DEEPSPEED),
         lambda folder: load_config("debug", None, folder / "zero.json"),
+        is_by_hand=True,
     ),
     Reader("cluster file", ("cluster.json",), make_cluster, lambda folder: read_cluster_file(folder / "cluster.json")),
     Reader("text", ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"), make_sources, sources),

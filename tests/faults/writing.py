@@ -259,15 +259,15 @@ def report(folder: Path, elsewhere: Path) -> None:
 WRITERS = (
     Writer(
         "any small file",
-        (0, 0),
+        (5, 2),
         lambda folder, elsewhere: write_atomically(folder / "latest", "step-1\n"),
         lambda folder, elsewhere: write_atomically(folder / "latest", "step-2\n"),
         lambda folder: (folder / "latest").read_text(),
     ),
-    Writer("checkpoint", (0, 0), saved_before, save, newest),
+    Writer("checkpoint", (8, 4), saved_before, save, newest),
     Writer(
         "record",
-        (0, 0),
+        (4, 2),
         lambda folder, elsewhere: write_atomically(folder / "metrics.jsonl", '{"step": 1}\n'),
         record,
         read_steps,
@@ -275,7 +275,7 @@ WRITERS = (
     ),
     Writer(
         "record that is cut",
-        (0, 0),
+        (7, 4),
         lambda folder, elsewhere: write_atomically(
             folder / "metrics.jsonl", "".join(f'{{"step": {step}}}\n' for step in range(1, 9))
         ),
@@ -284,51 +284,51 @@ WRITERS = (
     ),
     Writer(
         "run directory",
-        (0, 0),
+        (6, 3),
         nothing,
         lambda folder, elsewhere: RunDirectory(folder / "run").create(load_config("debug")),
         if_there("run/config.yaml", read_stored),
     ),
-    Writer("lock of a run", (0, 0), nothing, take_lock, lambda folder: None),
+    Writer("lock of a run", (4, 4), nothing, take_lock, lambda folder: None),
     Writer(
         "guard.json",
-        (0, 0),
+        (5, 2),
         lambda folder, elsewhere: RunDirectory(folder).write_rollbacks([ROLLBACK]),
         lambda folder, elsewhere: RunDirectory(folder).write_rollbacks([ROLLBACK, ROLLBACK]),
         lambda folder: RunDirectory(folder).read_rollbacks(),
     ),
     Writer(
         "job.json",
-        (0, 0),
+        (5, 2),
         lambda folder, elsewhere: JobFile(folder / "job.json", job_id="7").write(),
         write_job,
         lambda folder: read_job_file(RunDirectory(folder)).state,
     ),
     Writer(
         "result of a cell",
-        (0, 0),
+        (5, 2),
         nothing,
         lambda folder, elsewhere: write_result(cell(folder), {"cell": "a", "state": "done"}, keep_checkpoints=True),
         if_there("result.json", read_json_object),
     ),
     Writer(
         "cluster file",
-        (0, 0),
+        (5, 2),
         nothing,
         lambda folder, elsewhere: write_cluster_file(folder / "cluster.json", named_cluster("h100"), []),
         if_there("cluster.json", read_cluster_file),
     ),
     Writer(
         "cached index",
-        (0, 0),
+        (7, 4),
         nothing,
         lambda folder, elsewhere: cached_indices(folder, "an epoch", indices) and None,
         damaged_caches,
     ),
-    Writer("data set", (0, 0), nothing, prepare_data, if_there("data", digests), tier="slow"),
+    Writer("data set", (8, 4), nothing, prepare_data, if_there("data", digests), tier="slow"),
     Writer(
         "export, gpt2",
-        (0, 0),
+        (7, 4),
         nothing,
         export("gpt2"),
         if_there("out", lambda path: digests(path, "README.md")),
@@ -336,18 +336,18 @@ WRITERS = (
     ),
     Writer(
         "export, mlra",
-        (0, 0),
+        (7, 4),
         nothing,
         export("mlra"),
         if_there("out", lambda path: digests(path, "README.md")),
         tier="slow",
     ),
     Writer(
-        "import", (0, 0), nothing, import_gpt2, if_there("out", lambda path: weights_of(Store.open(path))), tier="slow"
+        "import", (7, 4), nothing, import_gpt2, if_there("out", lambda path: weights_of(Store.open(path))), tier="slow"
     ),
     Writer(
         "report",
-        (0, 0),
+        (7, 4),
         nothing,
         report,
         if_there("out/report.html", lambda path: path.read_text().rstrip().endswith("</html>")),
