@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -94,7 +95,7 @@ class Reader:
                     assert not self.is_hashed or found == whole, "read as something else"
 
             each(
-                (f"{what} of {file}", lambda file=file, change=change: attack(file, change))
+                (f"{what} of {file}", partial(attack, file, change))
                 for file in self.files
                 for what, change in damages(draw)
             )
@@ -110,10 +111,14 @@ def damages(draw: random.Random) -> list[tuple[str, Callable[[bytes], bytes]]]:
     found: list[tuple[str, Callable[[bytes], bytes]]] = []
     for share in FLIPS:
         place, bit = draw.random() if share is None else share, draw.randrange(8)
-        found.append((f"bit {bit} at {place:.4f}", lambda content, place=place, bit=bit: flipped(content, place, bit)))
-    for share in TRUNCATIONS:
-        found.append((f"all behind {share}", lambda content, share=share: content[: int(share * (len(content) - 1))]))
+        found.append((f"bit {bit} at {place:.4f}", partial(flipped, place=place, bit=bit)))
+    found += [(f"all behind {share}", partial(cut, share=share)) for share in TRUNCATIONS]
     return found
+
+
+def cut(content: bytes, share: float) -> bytes:
+    """The beginning of the content."""
+    return content[: int(share * (len(content) - 1))]
 
 
 def flipped(content: bytes, place: float, bit: int) -> bytes:

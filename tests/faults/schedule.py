@@ -40,7 +40,8 @@ def draw(seed: int, number: int, kinds: Sequence[str]) -> list[tuple[str, int]]:
     Returns:
         (kind, 0 or 1 for the node) of each fault.
     """
-    source, faults = random.Random(seed), []
+    source = random.Random(seed)
+    faults: list[tuple[str, int]] = []
     while len(faults) < number:
         faults += [(kind, source.randrange(2)) for kind in source.sample(list(kinds), len(kinds))]
     return faults[:number]
@@ -269,8 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the kinds and the drawn faults, and stop")
     options = parser.parse_args(argv)
     without = left_out(options.kinds)
-    for name, reason in without.items():
-        print(f"left out: {name} {reason}")
+    for name, need in without.items():
+        print(f"left out: {name} {need}")
     kinds = [kind for kind in options.kinds if kind not in without]
     faults = draw(options.seed, options.faults, kinds)
     if options.list:

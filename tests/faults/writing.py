@@ -46,11 +46,12 @@ class Writer:
 
     Attributes:
         name: What it writes.
-        num_faults: Of EIO and of a full disk: how many of FAULTS are different ones here.
+        num_faults: Of EIO and of a full disk.
         prepare: Puts into a folder on the disk what is there before; gets a folder elsewhere too.
         write: Writes; gets the same. What it returns, if anything, is what it says of a fault that it does without.
         read: What is visible in the folder then, in a form that can be compared.
         is_allowed: Whether a state, of which those before and after a sound write are given too, keeps the promise.
+        num_each: Most operations of one kind that fail, one after the other.
         tier: Of the case.
     """
 
@@ -60,6 +61,7 @@ class Writer:
     write: Callable[[Path, Path], object]
     read: Callable[[Path], Any]
     is_allowed: Callable[[Any, Any, Any], bool] = lambda state, old, new: state in (old, new)
+    num_each: int = 3
     tier: str = ""
 
     def case(self) -> Case:
@@ -74,7 +76,7 @@ class Writer:
                 disk.fail()
                 self.write(folder, elsewhere)
                 counts, new = disk.fail()["counts"], self.read(folder)
-                faults = list(faults_of(counts))
+                faults = list(faults_of(counts, self.num_each))
                 numbers = tuple(sum(fault[1] == error for fault in faults) for error in (errno.EIO, errno.ENOSPC))
                 assert numbers == self.num_faults, f"{self.name} has {numbers} faults: {counts}"
                 each(
@@ -83,7 +85,7 @@ class Writer:
                 )
 
         kinds = dict(zip((EIO, FULL), self.num_faults, strict=True))
-        done = "EIO at its first and last creation, write, fsync, rename; ENOSPC from a creation or write on"
+        done = f"EIO at up to {self.num_each} creations, writes, fsyncs, renames; ENOSPC from a creation or write on"
         return Case(f"failing disk: {self.name}", done, PROMISE, act, tier=self.tier, needs="fuse", kinds=kinds)
 
     def _fresh(self, disk: FaultyDisk, elsewhere: Path) -> Path:
@@ -116,11 +118,13 @@ class Writer:
         assert not left, f"left over: {left}"
 
 
-def faults_of(counts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
-    """The first and the last operation of each kind, as (operation, error, number), each once."""
+def faults_of(counts: Mapping[str, int], num_each: int) -> Iterator[tuple[str, int, int]]:
+    """Up to so many operations of each kind, the first and the last among them, as (operation, error, number)."""
     for error, kinds in ((errno.EIO, OPERATIONS), (errno.ENOSPC, OPERATIONS[:2])):
         for kind in kinds:
-            for number in sorted({1, counts.get(kind, 0)} - {0} if counts.get(kind) else ()):
+            last = counts.get(kind, 0)
+            share = (last - 1) / (num_each - 1)
+            for number in sorted({round(1 + place * share) for place in range(num_each)}) if last else ():
                 yield kind, error, number
 
 
@@ -264,10 +268,10 @@ WRITERS = (
         lambda folder, elsewhere: write_atomically(folder / "latest", "step-2\n"),
         lambda folder: (folder / "latest").read_text(),
     ),
-    Writer("checkpoint", (8, 4), saved_before, save, newest),
+    Writer("checkpoint", (12, 6), saved_before, save, newest),
     Writer(
         "record",
-        (4, 2),
+        (6, 3),
         lambda folder, elsewhere: write_atomically(folder / "metrics.jsonl", '{"step": 1}\n'),
         record,
         read_steps,
@@ -275,7 +279,7 @@ WRITERS = (
     ),
     Writer(
         "record that is cut",
-        (7, 4),
+        (9, 5),
         lambda folder, elsewhere: write_atomically(
             folder / "metrics.jsonl", "".join(f'{{"step": {step}}}\n' for step in range(1, 9))
         ),
@@ -320,37 +324,46 @@ WRITERS = (
     ),
     Writer(
         "cached index",
-        (7, 4),
+        (10, 6),
         nothing,
         lambda folder, elsewhere: cached_indices(folder, "an epoch", indices) and None,
         damaged_caches,
     ),
-    Writer("data set", (8, 4), nothing, prepare_data, if_there("data", digests), tier="slow"),
+    Writer("data set", (47, 29), nothing, prepare_data, if_there("data", digests), num_each=16, tier="slow"),
     Writer(
         "export, gpt2",
-        (7, 4),
+        (37, 25),
         nothing,
         export("gpt2"),
         if_there("out", lambda path: digests(path, "README.md")),
+        num_each=16,
         tier="slow",
     ),
     Writer(
         "export, mlra",
-        (7, 4),
+        (41, 27),
         nothing,
         export("mlra"),
         if_there("out", lambda path: digests(path, "README.md")),
+        num_each=16,
         tier="slow",
     ),
     Writer(
-        "import", (7, 4), nothing, import_gpt2, if_there("out", lambda path: weights_of(Store.open(path))), tier="slow"
+        "import",
+        (44, 27),
+        nothing,
+        import_gpt2,
+        if_there("out", lambda path: weights_of(Store.open(path))),
+        num_each=16,
+        tier="slow",
     ),
     Writer(
         "report",
-        (7, 4),
+        (10, 7),
         nothing,
         report,
         if_there("out/report.html", lambda path: path.read_text().rstrip().endswith("</html>")),
+        num_each=16,
         tier="slow",
     ),
 )
