@@ -219,8 +219,9 @@ def prepare_data(folder: Path, elsewhere: Path) -> None:
         text.write_text("".join(f'{{"text": "document {number} of some words"}}\n' for number in range(200)))
     sources = [Component("", [SourceName(str(text))])]
     options = PrepareOptions(
-        folder / "data", sources, train_bpe=270, validation_fraction=0.3, workers=1, progress=False
+        folder / "data", sources, train_bpe=270, validation_fraction=0.3, workers=1, progress=False, overwrite=True
     )
+    # What fails behind the rename leaves a whole data set, which only --overwrite replaces.
     prepare(options)
 
 
