@@ -83,10 +83,9 @@ class Results:
 
     @property
     def median(self) -> float:
-        """Median seconds to the first new step, over all faults."""
-        return statistics.median(
-            [item for items in self.seconds.values() for item in items if item is not None] or [0.0]
-        )
+        """Median seconds to the first new step, over the faults that end an attempt."""
+        ending = [items for name, items in self.seconds.items() if KINDS[name].costs_attempt]
+        return statistics.median([item for items in ending for item in items if item is not None] or [0.0])
 
 
 def strike(hour: Hour, kind: Kind, number: int) -> float:
@@ -292,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{count(results)} faults, seed {options.seed}, {results.num_steps} steps, "
         f"{len(results.failures)} promises not kept"
     )
-    print("\n".join(failure.splitlines()[0] for failure in results.failures))
+    for failure in results.failures:
+        print(failure.splitlines()[0])
     return 1 if results.failures else 0
 
 

@@ -28,7 +28,7 @@ def test_the_share_of_effective_training_time() -> None:
 def test_what_is_printed_of_the_results() -> None:
     seconds: dict[str, list[float | None]] = {"stop": [1.0, 3.0], "rank kill": [20.0, None]}
     results = Results(seconds, ["fault 4"], wall=100.0, num_steps=160, step_seconds=0.5)
-    assert results.effective == 0.8 and results.median == 3.0
+    assert results.effective == 0.8 and results.median == 20.0
     assert (
         "| stop | " in table(results) and "| 2 | 0 | 2.0 |" in table(results) and "| 2 | 1 | 20.0 |" in table(results)
     )

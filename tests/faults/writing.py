@@ -269,7 +269,7 @@ WRITERS = (
         lambda folder, elsewhere: write_atomically(folder / "latest", "step-2\n"),
         lambda folder: (folder / "latest").read_text(),
     ),
-    Writer("checkpoint", (12, 6), saved_before, save, newest),
+    Writer("checkpoint", (12, 6), saved_before, save, newest, tier="slow"),
     Writer(
         "record",
         (6, 3),
