@@ -164,13 +164,15 @@ class Hour:
         self.cluster.run("scancel", "--signal=TERM", self.job.job_id)
 
     def disk_full(self, node: str) -> None:
-        before = len(self.job.text())
+        before, number = len(self.job.text()), self.num_attempts()
         assert self.disk is not None
         file = fill(self.disk)
         try:
-            self.wait(lambda: "No space left on device" in self.job.text()[before:], "a full disk is named")
+            # Only a save ends an attempt: the record waits for room. job.json may not tell, the output lies elsewhere.
+            self.wait(lambda: f"attempt {number} ended" in self.job.text()[before:], "a save that failed")
         finally:
             file.unlink()
+        assert "No space left on device" in self.job.text()[before:], "the reason is named"
 
     def frozen_files(self, node: str) -> None:
         assert self.frozen is not None
