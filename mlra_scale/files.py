@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,20 @@ def name_errors(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def native_errors(path: Path) -> Iterator[None]:
+    """Turns errors of a library in Rust, which only quote the operating system, into the OSError that they are.
+
+    tokenizers raises a bare Exception with "... (os error 28)" where a disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def sync(path: Path) -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlra_scale.data import DataError
 from mlra_scale.data.hub import unreachable_hub
+from mlra_scale.files import native_errors
 
 END_OF_TEXT = "<|endoftext|>"
 # vocab.json, merges.txt is what Hugging Face calls GPT-2's files; encoder.json, vocab.bpe is what OpenAI called them.
@@ -186,13 +187,15 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
     if loaded.hugging_face is not None:
         if loaded.hugging_face.eos_token != loaded.end_of_document:
             loaded.hugging_face.eos_token = loaded.end_of_document
-        loaded.hugging_face.save_pretrained(folder)
+        with native_errors(folder):
+            loaded.hugging_face.save_pretrained(folder)
         _make_portable(folder / "tokenizer_config.json")
         return
-    loaded.tokenizer.save(str(folder / "tokenizer.json"))
-    # Also as vocab.json and merges.txt, which Megatron-LM, GPT-NeoX and OpenAI's own code read.
-    if isinstance(loaded.tokenizer.model, models.BPE):
-        loaded.tokenizer.model.save(str(folder))
+    with native_errors(folder):
+        loaded.tokenizer.save(str(folder / "tokenizer.json"))
+        # Also as vocab.json and merges.txt, which Megatron-LM, GPT-NeoX and OpenAI's own code read.
+        if isinstance(loaded.tokenizer.model, models.BPE):
+            loaded.tokenizer.model.save(str(folder))
     end = loaded.end_of_document
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4 and 5

@@ -2,8 +2,8 @@
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ class Case:
         done: What is done.
         promise: What must come of it.
         act: Does it.
-        num_kills: SIGKILLs in it; 0: a disturbance.
+        num_kills: SIGKILLs in it; 0: disturbances only.
         tier: The tests that it belongs to: "" for the daily ones, "slow" or "nightly".
-        needs: "slurm": the local Slurm cluster, so that such cases run one after the other; "mount": disks of its own.
+        needs: "slurm": the local Slurm cluster, so that such cases run one after the other; "mount": disks of its own;
+            "fuse": a file system of its own that fails on request.
+        kinds: Number of its disturbances by kind; empty where it has no kills: one of another kind.
     """
 
     name: str
@@ -37,6 +39,25 @@ class Case:
     num_kills: int = 0
     tier: str = "nightly"
     needs: str = ""
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Number of all its faults by kind."""
+        kills = {KILL: self.num_kills} if self.num_kills else {}
+        return {**kills, **self.kinds} or {OTHER: 1}
+
+
+KILL, FLIP, TRUNCATION, REPLACED = "SIGKILL", "flipped bit", "truncation", "replaced or removed file"
+FULL, EIO, OTHER = "full disk", "EIO", "signal, console, place or Slurm"
+
+
+class NotKept(AssertionError):
+    """Some of several promises were not kept; `number`: how many."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 Kill = Trigger | tuple[Trigger, ...]
@@ -53,7 +74,8 @@ def each(named: Iterable[tuple[object, Callable[[], object]]]) -> None:
             act()
         except AssertionError as error:
             failures.append(f"{name}: {error}")
-    assert not failures, f"{len(failures)} of {len(named)}:\n" + "\n".join(failures)
+    if failures:
+        raise NotKept(f"{len(failures)} of {len(named)}:\n" + "\n".join(failures), len(failures))
 
 
 def killed_runs(

@@ -1,6 +1,6 @@
 """All cases."""
 
-from tests.faults import damage, jobs, kills, places, saves, stops
+from tests.faults import damage, jobs, kills, places, reading, saves, stops, writing
 from tests.faults.case import Case
 
 CASES: tuple[Case, ...] = (
@@ -8,6 +8,8 @@ CASES: tuple[Case, ...] = (
     *kills.CASES,
     *stops.CASES,
     *damage.CASES,
+    *reading.CASES,
     *places.CASES,
+    *writing.CASES,
     *jobs.CASES,
 )

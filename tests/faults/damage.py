@@ -5,7 +5,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.faults.bench import GUARDED, STEPS, Bench, start
-from tests.faults.case import SAME, Case, assert_refused, digests, each, flip, run_to_end
+from tests.faults.case import FLIP, REPLACED, SAME, TRUNCATION, Case, assert_refused, digests, each, flip, run_to_end
 from tests.faults.kills import STEP
 from tests.faults.training import Training
 from tests.faults.triggers import Trigger
@@ -78,6 +79,12 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def kinds_of(damages: Iterable[Damage]) -> dict[str, int]:
+    """Number of damages by kind."""
+    named = {"flip": FLIP, "flipped": FLIP, "truncate": TRUNCATION, "empty": TRUNCATION}
+    return dict(Counter(named.get(damage.__name__, REPLACED) for damage in damages))
+
+
 def checkpoint(name: str, files: Sequence[str], *damages: Damage) -> Case:
     """The newest checkpoint is damaged, in one file and one way after the other."""
 
@@ -97,7 +104,13 @@ def checkpoint(name: str, files: Sequence[str], *damages: Damage) -> Case:
         each((f"{damage.__name__} of {file}", partial(attack, file, damage)) for file in files for damage in damages)
 
     ways = ", ".join(damage.__name__ for damage in damages)
-    return Case(name, f"the newest checkpoint: {ways} of {', '.join(files)}", FALLBACK, act)
+    return Case(
+        name,
+        f"the newest checkpoint: {ways} of {', '.join(files)}",
+        FALLBACK,
+        act,
+        kinds=kinds_of(damages * len(files)),
+    )
 
 
 def read(path: Path) -> list[dict[str, object]]:
@@ -133,7 +146,7 @@ def data(name: str, done: str, *damages: tuple[str, Damage], more: Sequence[str]
         )
         bench.finish(training, run)
 
-    return Case(name, done, REFUSED, act, tier=tier)
+    return Case(name, done, REFUSED, act, tier=tier, kinds=kinds_of(damage for _, damage in damages))
 
 
 def flip_at(place: float) -> Damage:
@@ -229,7 +242,7 @@ def stored(
         each((damage.__name__, partial(attack, damage)) for damage in damages)
 
     ways = ", ".join(damage.__name__ for damage in damages)
-    return Case(name, f"{file}: {ways}", "it does without it" if passes else REFUSED, act)
+    return Case(name, f"{file}: {ways}", "it does without it" if passes else REFUSED, act, kinds=kinds_of(damages))
 
 
 def all_checkpoints(bench: Bench, place: Path) -> None:
@@ -280,8 +293,14 @@ CASES = (
     checkpoint("manifest damaged", ("manifest.json",), flip, nest, make_list, absurd, control, empty, Path.unlink),
     checkpoint("state damaged", ("state.json", "fragments.json", "config.yaml"), flip, nest, Path.unlink),
     checkpoint("stored tokenizer damaged", ("tokenizer/tokenizer.json", "tokenizer/vocab.json"), flip, Path.unlink),
-    Case("all checkpoints damaged", "a bit flips in each", REFUSED, all_checkpoints),
-    Case("tools and damaged manifests", "deep, a list, absurd sizes", "exit code 2, named", named_by_tools),
+    Case("all checkpoints damaged", "a bit flips in each of two", REFUSED, all_checkpoints, kinds={FLIP: 2}),
+    Case(
+        "tools and damaged manifests",
+        "deep, a list, absurd sizes; each to three tools",
+        "exit code 2, named",
+        named_by_tools,
+        kinds={REPLACED: 9},
+    ),
     data(
         "bits flipped in tokens",
         "a bit of train.bin or validation.bin flips",
@@ -309,11 +328,18 @@ CASES = (
         *(("manifest.json", damage) for damage in (nest, make_list, absurd, control, empty, truncate, other_end)),
         more=("data.document_attention=masked",),
     ),
-    Case("bits found by --verify", "four flips anywhere", "named, exit code 2", verify_finds),
+    Case("bits found by --verify", "four flips anywhere", "named, exit code 2", verify_finds, kinds={FLIP: 4}),
     Case("linked data, skewed clock", "data move behind a link, times are in the future or 0", SAME, moved_data),
     stored("latest damaged", "checkpoints/latest", nest, empty, Path.unlink, passes=True),
     stored("config.yaml damaged", "config.yaml", nest, make_list, empty, passes=True),
     stored("guard.json damaged", "guard.json", nest, make_list, absurd, truncate, more=GUARDED, steps=16),
     stored("record damaged", "metrics.jsonl", tear),
-    Case("record lost", "metrics.jsonl is replaced, emptied, removed", LOST, record_lost, tier=""),
+    Case(
+        "record lost",
+        "metrics.jsonl is replaced, emptied, removed",
+        LOST,
+        record_lost,
+        tier="",
+        kinds={REPLACED: 2, TRUNCATION: 1},
+    ),
 )

@@ -17,6 +17,7 @@ from typing import Any
 from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import Bench, log_of, program, start
+from tests.faults.case import FULL as FULL_DISK
 from tests.faults.case import SAME, Case, assert_refused
 from tests.faults.kills import STEP
 from tests.faults.launching import Armed, Forked
@@ -170,7 +171,7 @@ def refused_save(
         assert assert_way_back(run) == kept, "the one before is as it was"
         bench.finish(training, run)
 
-    return Case(name, f"{said or 'ENOSPC'} in a save", REFUSED, act, tier=tier)
+    return Case(name, f"{said or 'ENOSPC'} in a save", REFUSED, act, tier=tier, kinds={FULL_DISK: 1})
 
 
 REFUSED = (
@@ -241,7 +242,14 @@ CASES = (
     ),
     refused_save("no space in a file", 2, "zero1-dp2", "slow", [Trigger("point mid-file", 2, rank=1, **FULL)]),
     refused_save("no space before the rename", 2, "zero1-dp2", "slow", [Trigger("point before-rename", 2, **FULL)]),
-    Case("no space in retention", "ENOSPC when a checkpoint is removed", KEPT_ON, not_removed, tier="slow"),
+    Case(
+        "no space in retention",
+        "ENOSPC when a checkpoint is removed",
+        KEPT_ON,
+        not_removed,
+        tier="slow",
+        kinds={FULL_DISK: 1},
+    ),
     refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", FILE_LIMIT="100000"),
     Case("no folder of checkpoints", "a link that leads nowhere", REFUSED, folder_missing, tier="slow"),
 )

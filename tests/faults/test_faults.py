@@ -1,9 +1,8 @@
 """Kills and disturbances from outside, each against its promise: ranks, disks, signals, damaged files, Slurm jobs."""
 
 import ast
-import os
 import re
-import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.checkpoint.failpoints import FAILPOINTS
+from tests.faults.__main__ import missing
 from tests.faults.bench import Bench
-from tests.faults.case import Case
+from tests.faults.case import EIO, FLIP, FULL, KILL, OTHER, REPLACED, TRUNCATION, Case
 from tests.faults.cases import CASES
 from tests.faults.saves import in_turn
-from tests.slurm.cluster import slurm_missing
 from tests.support.training_runs import ROOT
 
 TIERS = {"": (), "slow": (pytest.mark.slow,), "nightly": (pytest.mark.nightly, pytest.mark.timeout(7200))}
@@ -28,26 +27,20 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     made.close()
 
 
-def mount_missing(folder: Path) -> str | None:
-    """Why no disk can be mounted; None if one can."""
-    command = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        return "the right to mount a tmpfs (the case of a limit on file sizes stands in for it)"
-    subprocess.run(["umount", str(folder)], check=True)
-    return None
-
-
 @pytest.mark.parametrize("case", [pytest.param(case, marks=TIERS[case.tier], id=case.name) for case in CASES])
 def test_a_promise_is_kept(case: Case, bench: Bench, tmp_path: Path) -> None:
-    missing = {"": lambda: None, "slurm": slurm_missing, "mount": lambda: mount_missing(tmp_path)}[case.needs]()
-    if missing is not None:
-        pytest.skip(f"needs {'Slurm: ' if case.needs == 'slurm' else ''}{missing}")
+    for reason in missing([case]).values():
+        pytest.skip(f"needs {'Slurm: ' if case.needs == 'slurm' else ''}{reason}")
     case.act(bench, tmp_path)
 
 
 def test_there_are_enough_of_them() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
-    assert sum(case.num_kills for case in CASES) >= 200 and sum(case.num_kills == 0 for case in CASES) >= 60
+    kinds = Counter[str]()
+    for case in CASES:
+        kinds.update(case.faults)
+    assert kinds.total() >= 500 and kinds[KILL] >= 200
+    assert all(kinds[kind] >= 30 for kind in (FLIP, TRUNCATION, REPLACED, FULL, EIO, OTHER)), kinds
     assert [trigger.event for trigger in in_turn()] == [f"point {point}" for point in FAILPOINTS]
 
 

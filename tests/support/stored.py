@@ -13,6 +13,11 @@ def store_of(run_directory: Path, step: int) -> Store:
     return Store.open(run_directory / "checkpoints" / checkpoint_name(step))
 
 
+def weights_of(store: Store) -> dict[str, list[float]]:
+    """All weights of a small checkpoint, as numbers that can be compared."""
+    return {name: store.tensor(name).flatten().tolist() for name in store.table}
+
+
 def assert_bitwise_equal(one: Store, other: Store) -> None:
     """Fails unless weights, moments, vectors and the state beside them are equal to the last bit.
 

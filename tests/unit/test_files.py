@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from mlra_scale import files
-from mlra_scale.files import lock, new_folder, partial_of, put_in_place, write_atomically
+from mlra_scale.files import lock, native_errors, new_folder, partial_of, put_in_place, write_atomically
 
 BUSY = RuntimeError("another process is at work")
 
@@ -70,6 +71,15 @@ def test_a_failed_write_leaves_the_old_content_and_names_the_file(
     assert path.read_text() == "step-1\n" and names(tmp_path) == ["latest"]
     write_atomically(path, b"step-3\n")
     assert path.read_text() == "step-3\n"
+
+
+def test_a_full_disk_under_a_library_in_rust_is_an_error_of_the_system(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    with pytest.raises(OSError, match="No space left on device") as refused, native_errors(tmp_path):
+        tokenizer.save("/dev/full")
+    assert refused.value.errno == errno.ENOSPC and refused.value.filename == str(tmp_path)
+    with pytest.raises(KeyError), native_errors(tmp_path):
+        raise KeyError("another one")
 
 
 @pytest.fixture(params=["exchange", "no exchange"])

@@ -20,6 +20,7 @@ from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens, quiet
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.config import ModelConfig
 from mlra_scale.config.json_text import printable
+from mlra_scale.files import native_errors
 
 _PROBES = (
     "",
@@ -117,9 +118,10 @@ def write_tokenizer(
         named["bos_token"] = named["eos_token"]  # in training a document begins after the token that ends another one
     if getattr(original, "chat_template", None):
         notes.append("the tokenizer's chat template is left out: the model was not trained on chats")
-    backend.save(str(folder / "tokenizer.json"))
-    if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        backend.model.save(str(folder))  # the format that Megatron-LM, GPT-NeoX and OpenAI's own code read
+    with native_errors(folder):
+        backend.save(str(folder / "tokenizer.json"))
+        if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
+            backend.model.save(str(folder))  # the format that Megatron-LM, GPT-NeoX and OpenAI's own code read
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is, in transformers 4 and 5
         "model_max_length": model.max_positions,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from mlra_scale.files import write_atomically
+from mlra_scale.files import name_errors, write_atomically
 from mlra_scale.study.report import wording
 from mlra_scale.study.report.records import event_text, number_or_nan, time_text
 from mlra_scale.study.report.sweep_record import value_text
@@ -51,6 +51,7 @@ def write_report(output: Path, template: str, images: Images, **values: Any) -> 
         if png is None:
             (output / name).unlink(missing_ok=True)
         else:
-            (output / name).write_bytes(png)
+            with name_errors(output / name):
+                (output / name).write_bytes(png)
     write_atomically(output / HTML, content)
     return [output / HTML, *(output / name for name, png in images.items() if png is not None)]
