@@ -96,7 +96,7 @@ def step_of(shape: Shape, precision: str, topology: Topology) -> Callable[[str, 
 
     def check_of(checks: Mapping[str, int]) -> CorruptionCheck:
         config = config_with(checks, shape, precision, topology.world_size)
-        return CorruptionCheck(engine, config, Guard(config.guard, batch_size), "", read, print)
+        return CorruptionCheck(engine, config, Guard(config.guard, batch_size), "", read, print, lambda: None)
 
     all_checks = {name: check_of(checks) for name, checks in CHECKS.items()}
 

@@ -57,7 +57,8 @@ class FinishedSave:
     Attributes:
         step: Optimizer steps done.
         path: Its folder, whose files have `bytes` bytes.
-        stall_seconds: The longest time that training waited on a rank.
+        stall_seconds: The longest time that training waited on a rank's host. On a GPU the time for which an
+            update waits for the copies is not part of it.
         write_seconds: How long writing took, in the background or not: the slowest rank's file, then the completion.
         drift: Copies that should be equal and are not, where the saver saves such weights; else None.
         not_removed: Why earlier checkpoints that are no longer kept could not be removed; None: they were.
@@ -156,13 +157,13 @@ class Saver:
         cancel, main = threading.Event(), None
         try:
             snapshot = take_snapshot(engine, self._copied, self._memory if is_background else None)
-            if is_background:
-                engine.before_change = partial(self._before_change, engine, snapshot)
             if self._topology.rank == 0:
                 # Copies: training changes these tensors too.
                 tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in buffers.items()]
                 main = MainFiles(json_bytes(state), tensors, config_text, tokenizer)
             task = BackgroundTask(partial(write_share, unfinished, save_id, self._topology, snapshot, cancel))
+            if is_background:  # last: without its task nobody would ever read the snapshot
+                engine.before_change = partial(self._before_change, engine, snapshot)
         except Exception as error:
             # The other ranks enter the first exchange: this one must enter it too, and report its error there.
             task = BackgroundTask(partial(_raise, error))

@@ -120,7 +120,7 @@ class Snapshot:
     """What a rank contributes to a save.
 
     Attributes:
-        tensors: The tensors of its file, to be read after `read` alone.
+        tensors: The tensors of its file, valid only after `read` has returned.
         runs: The fragments that these are.
         has_moments: Whether moments are among them; None where the rank owns nothing.
         momentum_only: Parameters of which the first moment is among them, and no second one.
@@ -194,7 +194,7 @@ def _reading(
         try:
             if device.type != "cuda":
                 return start()()
-            with torch.cuda.device(device):  # a thread begins with the first one
+            with torch.cuda.device(device):  # a new thread's current device is device 0
                 digests = start()
                 torch.cuda.synchronize(device)
                 return digests()

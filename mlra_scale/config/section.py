@@ -104,10 +104,11 @@ class GuardConfig(Section):
     skip_before: int = Field(50, ge=0)
     """Steps before the bad updates whose data are skipped too after a rollback."""
     max_rollbacks: int = Field(3, ge=0)
-    """Number of rollbacks; where one more is needed, the run stops."""
+    """Number of rollbacks; where one more is needed, the run stops. Those for silent data corruption are counted apart,
+    from the last step that was found right."""
     replay_every: int = Field(0, ge=0)
     """Steps between steps that are computed again and compared, on the same ranks and with several data ranks on other
     ones too, to find silent data corruption; such a step costs 2 steps, or 3 with several data ranks; 0: off."""
     checksum_every: int = Field(0, ge=0)
-    """Steps between steps before and after which weights and optimizer state are summed up, to find what changed in
-    memory between two updates; 0: off."""
+    """Steps between steps before and after which a checksum of weights and optimizer state is taken, to find what
+    changed in memory between two updates; 0: off."""

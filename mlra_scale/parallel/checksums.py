@@ -43,10 +43,10 @@ class Checksums:
         """Returns the checksum of what `total` (int64, one number) stands for, followed by the values."""
         lanes = values.detach().reshape(-1).view(_LANES[values.element_size()])
         weights = self._weights_on(values.device)
+        of_values = torch.zeros((), dtype=torch.int64, device=values.device)
         for chunk in lanes.split(len(weights)):
-            part = (chunk * weights[: len(chunk)]).sum()
-            total = total * _MULTIPLIER + part.to(total.device)
-        return total
+            of_values = of_values * _MULTIPLIER + (chunk * weights[: len(chunk)]).sum()
+        return total * _MULTIPLIER + of_values.to(total.device)
 
     def of(self, tensors: Iterable[Tensor], device: torch.device) -> Tensor:
         """Returns the checksum of several tensors, one number on `device`."""
@@ -137,6 +137,12 @@ class PassRecorder:
         passes, self._handles, self._passes = torch.stack(self._passes), [], []
         return passes
 
+    def drop(self) -> None:
+        """Ends recording without a result."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._passes = [], []
+
     def _clear(self) -> None:
         dtype = torch.int64 if self._is_exact else torch.float64
         self._totals = [torch.zeros((), dtype=dtype, device=self._device) for _ in range(4)]
@@ -150,7 +156,7 @@ class PassRecorder:
             self._totals[place] = self._totals[place] + square.to(self._device)
 
     def _see_inputs(self, module: nn.Module, arguments: Any) -> None:
-        """Sees to the gradient of the hidden state that a stage has received."""
+        """Registers a hook on the gradient of the hidden state that a stage has received."""
         hidden = _hidden_in(arguments)
         if hidden is not None and hidden.requires_grad:
             hidden.register_hook(self._see_gradient)
@@ -165,7 +171,7 @@ class PassRecorder:
 
 
 def _hidden_in(values: Any) -> Tensor | None:
-    """Returns the hidden state, or the loss, among what a module takes or returns: its first tensor of fractions."""
+    """Returns the hidden state, or the loss, among what a module takes or returns: its first floating-point tensor."""
     if isinstance(values, Tensor):
         return values if values.is_floating_point() else None
     found = (_hidden_in(value) for value in values)

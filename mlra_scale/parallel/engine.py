@@ -48,7 +48,8 @@ class Engine(ABC):
         recorder: Records fingerprints of passes, where it is started.
         state_note: Finds changes of weights and optimizer state that no update has made.
         deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
-        before_change: Called before weights or moments change; who reads them meanwhile sets it. None: nobody does.
+        before_change: Called before weights or moments change; it may wait. A save that still reads them sets it, and
+            clears it afterwards; None: there is none.
     """
 
     module: nn.Module

@@ -5,7 +5,7 @@ Two checks, each at steps of its own:
   same ranks and, with two data ranks or more, on the data rank before each, which reads its micro-batches. Dropout is
   keyed by the sample, so the results must be the same bits. The passes come before the step's own and leave no trace.
 - Checksums (`guard.checksum_every`). Replay does not see a weight or moment that changed in memory: all passes compute
-  with it. So the state of each rank is summed up after an update and compared right before the next one.
+  with it. So a checksum of each rank's state is taken after an update and compared right before the next one.
 
 At a difference the update is left out on all ranks, the ranks at fault are named, and the guard takes the run back to a
 checkpoint that a later check has confirmed. docs/guard.md says what is named in which layout, and what is not seen.
@@ -15,9 +15,12 @@ Replay of a step on the same rank is in torchtitan too (its pull requests 4333 a
 
 from __future__ import annotations
 
+import contextlib
 import math
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +61,7 @@ class CorruptionCheck(Watcher):
         read: Reads the micro-batches of a data rank (the first argument) in the step that begins with a sample (the
             second); collective.
         say: Prints on one rank.
+        hear_stop: See passes.raise_if_stopped.
     """
 
     def __init__(
@@ -68,8 +72,10 @@ class CorruptionCheck(Watcher):
         node: str,
         read: Callable[[int, int], Sequence[MicroBatch]],
         say: Callable[[str], None],
+        hear_stop: Callable[[], None],
     ) -> None:
         self._engine, self._guard, self._node, self._read = engine, guard, node, read
+        self._hear_stop = hear_stop
         self._settings, self._last = config.guard, config.train.steps
         self._is_exact = True
         if self._settings.replay_every > 0:
@@ -93,8 +99,13 @@ class CorruptionCheck(Watcher):
             passes.append(self._read((topology.data_rank + 1) % topology.data, step.first_sample))
         self._engine.recorder.start(self._is_exact)
         self._is_replaying = self._was_replayed = True
-        for batches in passes:
-            self._engine.gradient_norm(batches)
+        try:
+            for batches in passes:
+                self._engine.gradient_norm(batches, self._hear_stop)
+        except BaseException:
+            self._engine.recorder.drop()
+            self._is_replaying = self._was_replayed = False
+            raise
         step.measuring_seconds["replay"] = time.perf_counter() - began
 
     def before_update(self, proposal: UpdateProposal) -> bool:
@@ -104,7 +115,7 @@ class CorruptionCheck(Watcher):
     def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
         """Has the guard take the run back after a difference; else notes the state for the next step."""
         if self._wrong is None:
-            self._compare()  # fp16 gradients have overflown, and there was no update to be asked about
+            self._compare()  # fp16 gradients have overflowed, and there was no update to be asked about
         if self._wrong:
             nodes = self._nodes_of(self._wrong)
             named = [f"rank {rank} on {nodes[rank]} {what}" for rank, what in self._wrong.items()]
@@ -154,7 +165,7 @@ class CorruptionCheck(Watcher):
         kind = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"CPU with {torch.backends.cpu.get_cpu_capability()} and {torch.get_num_threads()} thread(s)"
+            else f"{_cpu_model()} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
         )
         dist.all_gather_object(kinds, kind, group=topology.control_group)
         reason = f"the ranks compute on {', '.join(sorted(set(kinds)))}" if len(set(kinds)) > 1 else ""
@@ -172,6 +183,15 @@ class CorruptionCheck(Watcher):
         nodes = [""] * self._engine.topology.world_size
         dist.all_gather_object(nodes, self._node, group=self._engine.topology.control_group)
         return {rank: nodes[rank] for rank in ranks}
+
+
+def _cpu_model() -> str:
+    """Returns the model's name, by which libraries choose kernels; without one, the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _are_equal(first: float, second: float) -> bool:
@@ -244,11 +264,10 @@ def wrong_ranks(
 def _suspects(differing: Sequence[int], num_data: int) -> set[int]:
     """Returns the data ranks at fault, from those whose micro-batches give others something else, twice, than them.
 
-    One alone: the other rank's single pass is outvoted. Several: the rank that has a part in all of them, which
-    computes wrong always; where there is none, or with two data ranks, all that have a part.
+    Several: the rank that has a part in all of them, which computes wrong always. One alone, two data ranks, or no such
+    rank: all that have a part. Two equal passes of a rank are no proof: a core may be wrong, always alike, for some
+    operands only (Hochschild et al. 2021, "Cores that don't count").
     """
-    if len(differing) == 1:
-        return {(differing[0] - 1) % num_data}
     involved = [{data_rank, (data_rank - 1) % num_data} for data_rank in differing]
     return set.intersection(*involved) or set.union(*involved)
 

@@ -241,7 +241,7 @@ class Guard(Watcher):
             # One that is not good makes an older one removable, which must then not be returned to.
             self._unconfirmed_step = step if is_good else None
         elif is_good:
-            self.good_step = step
+            self.good_step, self._unconfirmed_step = step, None
 
     def begin_at(self, step: int) -> None:
         """Makes a checkpoint that of the next rollback because the run begins from it."""
@@ -319,7 +319,8 @@ class Guard(Watcher):
         self._overflow_sample = state.get("overflow_sample")
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
-        self.good_step, self._unconfirmed_step = state["good_step"], state.get("unconfirmed_step")
+        self.good_step = state["good_step"]
+        self._unconfirmed_step = state.get("unconfirmed_step") if self._is_checked else None
         if (reset_at := state.get("forgot_at")) is not None:  # a rollback leads to before the reset
             self._reset_at = reset_at
         if len(state["rollbacks"]) > len(self.rollbacks):

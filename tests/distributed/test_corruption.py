@@ -96,7 +96,7 @@ def test_checks_leave_no_trace_and_name_the_rank(
 ) -> None:
     world, passes = layout.world_size, 3 if layout.data > 1 else 2
     places = [place for place in PLACES if place != "message" or layout.pipeline * layout.tensor > 1]
-    # The repeated pass, the exchanged one and the step's own; of those in the middle some other rank is outvoted.
+    # The repeated pass, the exchanged one and the step's own.
     where = [(place, passes - 1) for place in places] + [("gradient", number) for number in range(passes - 1)]
     flips = [Flip(*where[i], world - 1 - i % 2 * (world - 1), BIT, seed=i) for i in range(len(where))]
     checked = {"guard__enabled": True, "guard__replay_every": 1, "guard__checksum_every": 1}
@@ -111,6 +111,11 @@ def test_checks_leave_no_trace_and_name_the_rank(
             assert flip.place == "message", flip
             continue
         allowed = suspects_of(layout, flip.place, flip.rank)
+        if flip.number == 1 and layout.data > 1:
+            # It computes the micro-batches of the next data rank, and it is open which of the two is wrong.
+            stride = layout.tensor
+            others = (layout.data - 1) * stride if flip.rank // stride % layout.data == layout.data - 1 else -stride
+            allowed |= suspects_of(layout, flip.place, flip.rank - others)
         assert named[0] and named[0] <= allowed, (flip, named[0])
     for report, control in zip(reports, controls, strict=True):
         assert report.losses == control.losses

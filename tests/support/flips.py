@@ -208,5 +208,5 @@ def bench(config: Config, world_size: int) -> Bench:
         allow_fp16_on_cpu()
     made = Bench(start(config, world_size))
     rank = made.engine.topology.rank
-    made.check = CorruptionCheck(made.engine, config, made, f"node-{rank}", made.read, print)  # type: ignore[arg-type]
+    made.check = CorruptionCheck(made.engine, config, made, f"node-{rank}", made.read, print, lambda: None)  # type: ignore[arg-type]
     return made

@@ -90,7 +90,7 @@ EndKind = Literal[
     "unstable",  # the guard has given up
     "export_failed",  # all steps are done and saved
     "preempted",  # a signal asked for it; a checkpoint was saved if `reason` does not deny it
-    "bad_node",  # the checks before the first step named a node
+    "bad_node",  # the checks before the first step named a node, or a step was computed wrong
     "lost_node",  # the job no longer hears a node
     "hung",  # no progress
     "failed",  # a rank ended with an error or was killed

@@ -264,6 +264,12 @@ class Report:
             text = f"guard, step {action.step}: {outcomes.get(action.kind, 'gives up')}: {action.reason}"
             self.note(f"guard_{action.kind}", text, step=action.step, reason=action.reason, **more)
 
+    def on_corruption(self, action: Action) -> None:
+        """Records a step that was computed wrong, before anything is done about it."""
+        nodes = {str(rank): node for rank, node in action.nodes.items()}
+        text = f"guard, step {action.step}: {action.reason}"
+        self.note("corruption", text, step=action.step, nodes=nodes, reason=action.reason)
+
     def on_rollback(self, action: Action, number: int, progress: Progress, rate: Mapping[str, Any]) -> None:
         """Cuts the record back to the checkpoint of rollback `number` (from 1); for rank 0."""
         assert action.skipped is not None

@@ -82,7 +82,9 @@ class Checkpoints:
             raise TrainingStopped(str(problem), {"step": self._resume.progress.step}, ExitCode.BAD_INPUT) from error
 
     def roll_back(self, step: int, heartbeat: Callable[[], None]) -> tuple[Progress, str | None]:
-        """Loads an earlier checkpoint of this run and makes `latest` name it.
+        """Makes `latest` name an earlier checkpoint of this run, and loads it.
+
+        In this order: a start after a kill continues from there, or from an earlier one where that is damaged.
 
         Returns:
             The counters to continue with, and a line about what another optimizer does not take over, if there is one.
@@ -90,13 +92,13 @@ class Checkpoints:
         self.finish(step)
         heartbeat()
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
+        on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         if faults := checkpoint_faults(checkpoint, topology):
             raise TrainingStopped("; ".join(faults), {"step": step}, ExitCode.CHECKPOINT_FAILED)
         heartbeat()
         store = self._load(checkpoint, step)
         self.newest = checkpoint
         self._history = self._history.after_rollback_to(step)
-        on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         heartbeat()
         return Progress(**store.state["progress"]), notice_of_change(store, self._engine.rules)
 

@@ -240,9 +240,16 @@ class Session:
             raise self._given_up(last)
         if last.kind != "rollback":
             return False
-        text = "stopped during a rollback of the guard: --resume auto does it again"
+        text = f"stopped during a rollback of the guard: --resume auto continues from step {last.to_step}"
         self.interruption.limit(EXPENDABLE_SECONDS, text)
-        self.roll_back(last)
+        if last.nodes:
+            # First: nobody would find it again, and what was saved since then may hold it.
+            on_rank_0(partial(self.report.on_corruption, last), self.topology, last.step, ExitCode.CHECKPOINT_FAILED)
+        try:
+            self.roll_back(last)
+        except TrainingStopped:
+            self._exclude_node(last)
+            raise
         if last.nodes:
             self._leave_bad_node(last)
         self.interruption.limit(None)
@@ -252,8 +259,8 @@ class Session:
         """Returns the run to a checkpoint, and skips the data on which the trouble occurred.
 
         In this order: killed before guard.json is written, the run continues from that checkpoint, meets the same
-        trouble and rolls back again; killed after it, the run continues without those data, and no later checkpoint is
-        left that would take precedence.
+        trouble and rolls back again (wrong computation need not come again); killed after it, the run continues without
+        those data, and no later checkpoint is left that would take precedence.
         """
         assert action.to_step is not None
         heartbeat = partial(self.watchdog.heartbeat, "rolling back", action.to_step)
@@ -277,14 +284,21 @@ class Session:
         Where ranks of several nodes are suspected, none is left out.
         """
         nodes = sorted(set(action.nodes.values()))
-        is_excluded = len(nodes) == 1 and self.watchdog.exclude(nodes[0], action.reason)
-        if is_excluded or action.ends_run:
+        if self._exclude_node(action) or action.ends_run:
             self.interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.BAD_NODE)
-            message = (
-                f"step {action.step}: {action.reason}. The run is back at step {action.to_step}; continue without "
-                f"{' and '.join(nodes)}, with --resume auto"
-            )
+            remedy = f"continue without {nodes[0]}, with --resume auto"
+            if len(nodes) > 1:
+                remedy = (
+                    f"one of {', '.join(nodes)} computes wrong: test them, and continue with --resume auto; if all are "
+                    "sound, their results are no bits to compare: set guard.replay_every=0"
+                )
+            message = f"step {action.step}: {action.reason}. The run is back at step {action.to_step}; {remedy}"
             raise TrainingStopped(message, {"step": action.step, "node": " ".join(nodes)}, ExitCode.BAD_NODE)
+
+    def _exclude_node(self, action: Action) -> bool:
+        """Returns whether the node that computed wrong will be left out; of several suspected ones none is."""
+        nodes = set(action.nodes.values())
+        return len(nodes) == 1 and self.watchdog.exclude(*nodes, action.reason)
 
     def _given_up(self, action: Action) -> TrainingStopped:
         returns = [

@@ -64,7 +64,7 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
         SpikeScores(),
         GradientStatistics(engine, config, hear_stop),  # before QK-clip, which changes weights after the update
         QkClip(engine, config.model, config.qk_clip, plan),
-        CorruptionCheck(engine, config, guard, watchdog.node, read_of, report.say),
+        CorruptionCheck(engine, config, guard, watchdog.node, read_of, report.say, hear_stop),
         tev,
         metrics,  # after the measurements, whose time is part of the step's
         StepProfiler(config.profile, run.directory.profile, device, config.train.steps, say),

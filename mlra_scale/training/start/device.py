@@ -149,8 +149,7 @@ def check_device(config: Config) -> list[Problem]:
 
 def _locked_operator(config: Config, device: str) -> Problem | None:
     """Finds an operator that DeepSpeed builds at its first use, and would wait for: a killed build leaves its lock."""
-    operators = ["cpu_adam"] if offload_optimizer(config) else ["fused_adam"] * (device == "cuda")
-    operators += ["deepspeed_shm_comm"] * (device == "cpu")
+    operators = ["cpu_adam"] * offload_optimizer(config) + ["deepspeed_shm_comm"] * (device == "cpu")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     for lock in (found for name in operators for found in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock"))):
         with contextlib.suppress(OSError):  # it has just been removed

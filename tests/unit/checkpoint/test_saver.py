@@ -133,6 +133,14 @@ def test_an_update_does_not_wait_for_a_copy_that_failed(
         saver.finish()
 
 
+def test_an_update_does_not_wait_for_a_save_that_has_failed_at_its_beginning(tmp_path: Path, one_process: Any) -> None:
+    engine, saver = engine_of(one_process), saver_of(tmp_path, one_process)
+    saver.save(engine, 1, {"not JSON": object()}, {}, config_of().to_yaml(), None)
+    change(engine, 1.0)
+    with pytest.raises(CheckpointError, match="rank 0: TypeError"):
+        saver.finish()
+
+
 def test_polling_is_enough(tmp_path: Path, one_process: Any) -> None:
     saver = saver_of(tmp_path, one_process)
     save(saver, engine_of(one_process), 1)

@@ -69,10 +69,11 @@ def test_tensor_ranks_are_named_as_far_as_they_differ() -> None:
     assert Passes(tensor=2, data=2).spoil([3], -1, [BACKWARD]).named == [3], "the gradient of its own shard"
 
 
-def test_of_a_pass_on_another_rank_the_single_vote_loses() -> None:
-    # Data rank 1 computes those of rank 2 wrong, once: rank 2 has computed them twice.
-    assert Passes(data=3).spoil([1], 1, ALL).named == [1]
-    assert Passes(data=2).spoil([0], 1, ALL).named == [0]
+def test_a_pass_that_differs_on_another_rank_alone_names_both() -> None:
+    # Data rank 1 computes those of rank 2 wrong, once; or rank 2 does, always alike, for these operands only.
+    assert Passes(data=3).spoil([1], 1, ALL).named == [1, 2]
+    assert Passes(data=3).spoil([2], 0, ALL).spoil([2], -1, ALL).named == [1, 2]
+    assert Passes(data=2).spoil([0], 1, ALL).named == [0, 1]
 
 
 def test_a_rank_that_always_computes_wrong_is_named_by_its_two_neighbours() -> None:

@@ -433,3 +433,16 @@ def test_the_unconfirmed_checkpoint_outlives_a_resume_and_not_one_that_is_saved_
     run.guard.note_checkpoint(8)
     run.guard.note_clean_check(10)
     assert run.guard.good_step == 0, "its predecessor may have been removed when it was saved"
+
+
+def test_a_checkpoint_that_waits_for_its_check_is_forgotten_where_the_checks_are_switched_off() -> None:
+    """Switched on again, a check would confirm one that retention has removed meanwhile."""
+    run = Checked(every=4)
+    run.calm(4)
+    without = Guard(run.config.model_copy(update={"replay_every": 0, "checksum_every": 0}), BATCH)
+    without.load_state(json.loads(run.checkpoints[4][1]))
+    without.note_checkpoint(50)
+    resumed = Guard(run.config, BATCH)
+    resumed.load_state(json.loads(json.dumps(without.state())))
+    resumed.note_clean_check(55)
+    assert resumed.good_step == 50
