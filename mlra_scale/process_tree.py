@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -50,17 +51,34 @@ def at_low_priority(function: Callable[..., object], *arguments: Any) -> None:
         raise errors[0]
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process without the interpreter's clearing up, which takes a second once torch is loaded.
+def be_killed_first() -> Callable[[], None]:
+    """Lets the kernel choose this process before others where memory runs out; what it returns takes that back."""
+    path = Path("/proc/self/oom_score_adj")
+    try:
+        before = path.read_text()
+        path.write_text("1000")
+    except OSError:
+        return lambda: None
 
-    Threads that are no daemons, and what is registered for the end of the process, come before, as they do there. The
-    job waits for the end of every rank before it starts others.
+    def take_back() -> None:
+        with contextlib.suppress(OSError):
+            path.write_text(before)
+
+    return take_back
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without the interpreter's finalization, which takes a second once torch is loaded.
+
+    Non-daemon threads and what is registered for the end of the process come before, as they do there; buffers of C
+    libraries are written. The job waits for the end of every rank before it starts others.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    ctypes.CDLL(None).fflush(None)
     os._exit(code)
 
 

@@ -31,7 +31,7 @@ for argument in "$@"; do
 done
 arguments=(--preset "$preset" ${ds_config:+--ds-config "$ds_config"} --resume auto)
 # With ?= they hold where neither the command line nor a --config file names the field.
-arguments+=('parallel.layout?=auto' 'guard.enabled?=true' 'cluster.spares?=true' ${given[@]+"${given[@]}"})
+arguments+=('parallel.layout?=auto' 'guard.enabled?=true' ${given[@]+"${given[@]}"})
 
 if [[ -n $wanted ]]; then
     # For the job that the file asks for, also from a shell that is inside another one (salloc).

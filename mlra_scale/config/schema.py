@@ -246,8 +246,8 @@ class ClusterConfig(Section):
     """A node without a heartbeat for this long is lost."""
     spares: bool = False
     """Keep a second set of ranks on the nodes, which have loaded their libraries and wait: a restart on the same nodes
-    then takes seconds less. They take host memory (0.37 GB per rank on CPUs) and no device; the files of slurm/ switch
-    them on."""
+    then takes seconds less. They take host memory (0.37 GB per rank on CPUs, and that of an agent per node) and no
+    device; where memory runs out, the system kills them first."""
     step_memory: str = Field("0", pattern=r"^\d+[KMGT]?$")
     """Memory of the ranks on each node, as srun's --mem takes it, such as 400G; 0: all memory that the job has
     there."""

@@ -45,8 +45,6 @@ TINY = (
     "optim.lr=3e-3",
     # So that a run is the same whatever the planner thinks of this machine.
     "parallel.layout=manual",
-    # The processes of ranks are those that train; the test of spares switches them on.
-    "cluster.spares=false",
     f"checkpoint.every={max(2, STEPS // 12)}",
 )
 # No GPU, and a share of a node, so that several jobs fit; everything else is as it stands in the file.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Literal
 
 from mlra_scale.cluster.channel import Hub
-from mlra_scale.cluster.job.policy import End, EndKind, are_meeting, describe, hang_seconds, suspects
+from mlra_scale.cluster.job.policy import SILENT_SECONDS, End, EndKind, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.job.step import AttemptPlan, start_step
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
 from mlra_scale.cluster.slurm import SlurmError, end_process, hostnames
@@ -103,7 +103,7 @@ class AttemptRunner:
         self._stopping_since: float | None = None
         self._kill_at: float | None = None
         self._killed_at: float | None = None
-        self._told_at = 0.0
+        self._order_sent_at = 0.0
         self._step: tuple[Hub, subprocess.Popen[bytes]] | None = None
         self._ended_tasks: list[tuple[float, str, str]] = []
 
@@ -131,7 +131,7 @@ class AttemptRunner:
         if self._step is None:
             self.prepare()
         assert self._step is not None
-        self._is_spare, self._started, self._told_at = False, time.monotonic(), 0.0
+        self._is_spare, self._started, self._order_sent_at = False, time.monotonic(), 0.0
         hub, process = self._step
         with contextlib.closing(hub):
             try:
@@ -139,7 +139,8 @@ class AttemptRunner:
                     self._hear(hub, 0.25)
                     self._watch(hub)
                     self._end_if_due(hub, process)
-                    meanwhile()
+                    if self._verdict is None and self._kill_at is None and self._stopping_since is None:
+                        meanwhile()
                 while self._hear(hub, 0.25):  # what was on its way when srun ended
                     continue
                 self._find_unstarted()
@@ -157,10 +158,11 @@ class AttemptRunner:
         assert self._step is not None
         hub, process = self._step
         self._hear(hub, 0.0)
-        self._tell(hub, "none")
+        self._repeat_order(hub, "none")
         if process.poll() is not None or self._verdict is not None or self._kill_at is not None:
             return "failed"
-        waiting = [rank for node in self._nodes.values() for rank in node.ranks if rank.heartbeat.phase == "waiting"]
+        ranks = [rank for node in self._nodes.values() for rank in node.ranks]
+        waiting = [rank for rank in ranks if rank.heartbeat.phase == "waiting" and rank.silence < SILENT_SECONDS]
         return "waiting" if len(waiting) == len(self._nodes) * self._plan.settings.processes else "loading"
 
     def can_begin(self) -> bool:
@@ -169,7 +171,13 @@ class AttemptRunner:
         is_heard = self.wait() == "waiting" and all(node.heard > heard_since for node in self._nodes.values())
         return is_heard and versions() == self._versions
 
-    def discard(self) -> None:
+    @property
+    def failure(self) -> str:
+        """Why prepared ranks have failed, as far as it is known."""
+        known = [*([self._verdict[1]] if self._verdict is not None else []), *map(str, self._failures)]
+        return (known or [reason for _, _, reason in self._ended_tasks] or ["their srun has ended"])[0]
+
+    def discard(self, keeps_logs: bool = False) -> None:
         """Ends ranks that are prepared; when it returns they have ended, except on nodes that do not answer."""
         if self._step is None:
             return
@@ -181,7 +189,8 @@ class AttemptRunner:
                 break
         end_process(process, _DISCARD_SECONDS)
         hub.close()
-        shutil.rmtree(self._plan.logs, ignore_errors=True)
+        if not keeps_logs:
+            shutil.rmtree(self._plan.logs, ignore_errors=True)
 
     def _pump(self, output: IO[bytes]) -> None:
         """Passes srun's output on, line by line; for a thread of its own."""
@@ -259,7 +268,7 @@ class AttemptRunner:
     def _watch(self, hub: Hub) -> None:
         """Looks for what no message reports: a stop that was asked for, a silent node, ranks without progress."""
         now, limits = time.monotonic(), self._plan.cluster
-        self._tell(hub, "begin" if self._stopping_since is None else "stop")
+        self._repeat_order(hub, "begin" if self._stopping_since is None else "stop")
         if self._is_stop_asked():
             self._stop(hub, "the job was signalled")
         self._lose_unconnected()
@@ -280,10 +289,10 @@ class AttemptRunner:
         else:
             self._look_for_hang(hub, ranks)
 
-    def _tell(self, hub: Hub, order: str) -> None:
+    def _repeat_order(self, hub: Hub, order: str) -> None:
         """Repeats an order each second: it shows that the job lives, and reaches nodes that have connected since."""
-        if time.monotonic() - self._told_at > 1.0:
-            self._told_at = time.monotonic()
+        if time.monotonic() - self._order_sent_at > 1.0:
+            self._order_sent_at = time.monotonic()
             hub.send({"order": order})
 
     def _look_for_hang(self, hub: Hub, ranks: Sequence[RankStatus]) -> None:

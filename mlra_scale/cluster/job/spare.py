@@ -9,7 +9,7 @@ from dataclasses import replace
 from mlra_scale.cluster.job.attempt import AttemptRunner
 from mlra_scale.cluster.job.step import AttemptPlan
 
-_CALM_SECONDS = 10.0
+_DELAY_SECONDS = 10.0
 """How long the ranks must have trained before others are started beside them: what fails at once may do so again."""
 
 
@@ -29,9 +29,9 @@ class Spare:
         self._has_said = False
 
     def plan(self, present: AttemptPlan, number: int) -> None:
-        """Takes note that an attempt has begun to train, after which the one of this number would follow."""
+        """Plans the spare ranks of an attempt, to be started when the present one has trained for a while."""
         self._plan = replace(present, logs=present.logs.with_name(f"attempt-{number:03d}"))
-        self._start_at = time.monotonic() + _CALM_SECONDS
+        self._start_at = time.monotonic() + _DELAY_SECONDS
 
     def tend(self) -> None:
         """Starts what is planned when it is time, once; called several times a second."""
@@ -41,8 +41,10 @@ class Spare:
                 self._say("spare ranks have loaded their libraries and wait")
                 self._has_said = True
             if state == "failed":
-                self._say("the spare ranks have ended; the next attempt starts without them")
-                self.discard()
+                where = self._plan.logs if self._plan is not None else "the logs"
+                self._say(f"the spare ranks have failed ({self._runner.failure}; see {where}); a restart has none")
+                self._runner.discard(keeps_logs=True)
+                self._runner = self._plan = None
         elif self._plan is not None and time.monotonic() > self._start_at:
             self._runner, self._has_said = self._make(self._plan), False
             try:

@@ -54,7 +54,7 @@ def start_step(plan: AttemptPlan, is_spare: bool) -> tuple[Hub, subprocess.Popen
         OSError: The folder of the logs cannot be written, or srun cannot be started.
     """
     settings, cluster, token, nonce = plan.settings, plan.cluster, secrets.token_hex(16), secrets.token_hex(8)
-    plan.logs.mkdir(parents=True, exist_ok=True)
+    plan.logs.mkdir(parents=True, exist_ok=not is_spare)  # logs of an earlier job are not those of a spare
     # A node that does not find this there does not share the run directory.
     write_atomically(plan.logs / "nonce", nonce)
     # A task's end is judged by the job, with what is known of all of them.

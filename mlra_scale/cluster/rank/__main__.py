@@ -18,9 +18,12 @@ from mlra_scale.cluster.rank import (
     NODE_VARIABLE,
     SPARE_VARIABLE,
 )
-from mlra_scale.process_tree import at_low_priority, die_with_parent, leave
+from mlra_scale.cluster.rank.latch import take_latch, wait_at_latch
+from mlra_scale.process_tree import at_low_priority, be_killed_first, die_with_parent, leave
 
 if __name__ == "__main__":
+    LATCH = take_latch()
+    BECOME_AS_OTHERS = be_killed_first() if os.environ[SPARE_VARIABLE] else None
     # Before the seconds that the other imports take.
     from mlra_scale.console import make_unfailing
     from mlra_scale.training.interruption import Interruption
@@ -39,7 +42,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mlra_scale import train
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSender
-from mlra_scale.cluster.rank.latch import wait_at_latch
 from mlra_scale.cluster.rank.preflight import BadNodes, check_alone, check_together
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Watchdog
@@ -90,11 +92,13 @@ def main() -> int:
     node, shared = os.environ[NODE_VARIABLE], Path(os.environ[LOGS_VARIABLE])
     heartbeats = HeartbeatSender(os.environ[HEARTBEAT_VARIABLE], rank, local_rank)
     heartbeats.begin("waiting")
-    wait_at_latch()
-    heartbeats.begin("starting")
     with _stacks_file(shared / f"rank-{rank:05d}.stacks") as stacks:
         # Written by the signal's handler in C: it works while the interpreter waits in a collective.
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+        wait_at_latch(LATCH)
+        if BECOME_AS_OTHERS is not None:
+            BECOME_AS_OTHERS()
+        heartbeats.begin("starting")
         try:
             check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
             code = train.main(sys.argv[1:], NodeWatchdog(heartbeats, node, shared), INTERRUPTION)

@@ -1,7 +1,8 @@
 """The latch between loading libraries and beginning: ranks wait at it until the job lets their attempt begin.
 
 It is a pipe that the ranks of a node inherit as their standard input: each takes one byte out of it. When the node's
-agent ends, so does the pipe.
+agent ends, so does the pipe. A rank takes it out of its standard input first, since programs that it starts inherit
+that, and might read from it.
 """
 
 from __future__ import annotations
@@ -28,10 +29,17 @@ class Latch:
             os.write(self._writer, b"." * self._num_ranks)
 
 
-def wait_at_latch() -> None:
-    """Waits in a rank until the latch opens; the process ends with its node's agent. There is no input afterwards."""
-    if not os.read(0, 1):
-        sys.exit("the node's agent has ended")
-    nothing = os.open(os.devnull, os.O_RDONLY)
+def take_latch() -> int:
+    """Takes the latch out of a rank's standard input, which is empty from now on; returns its file descriptor."""
+    latch, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    return latch
+
+
+def wait_at_latch(latch: int) -> None:
+    """Waits in a rank until the latch opens; the process ends with its node's agent."""
+    is_open = os.read(latch, 1)
+    os.close(latch)
+    if not is_open:
+        sys.exit("the node's agent has ended")

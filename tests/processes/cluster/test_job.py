@@ -149,7 +149,7 @@ me.end()
     ("does", "until", "is_taken"),
     [
         ("pass", "spare ranks have loaded their libraries and wait", True),
-        ("me.end(failure(number, 1))", "the spare ranks have ended; the next attempt starts without them", False),
+        ("me.end(failure(number, 1))", "the spare ranks have failed (", False),
         pytest.param(
             *("me.report(rank(number, phase='starting')); me.wait_to_begin()", "attempt 1: training since", False),
             marks=pytest.mark.slow,
@@ -161,7 +161,7 @@ def test_an_attempt_is_made_ready_while_the_one_before_it_runs(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, does: str, until: str, is_taken: bool
 ) -> None:
     """What comes of it is only whether the next one starts from nothing."""
-    monkeypatch.setattr(spare, "_CALM_SECONDS", 0.0)
+    monkeypatch.setattr(spare, "_DELAY_SECONDS", 0.0)
     play = SPARES.replace("DOES", does).replace("UNTIL", repr(until))
     assert desk.job("cluster.spares=true", a=play, b=play) == 0
     assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])]

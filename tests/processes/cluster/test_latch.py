@@ -5,8 +5,8 @@ import sys
 
 RANK = """
 import sys
-from mlra_scale.cluster.rank.latch import wait_at_latch
-wait_at_latch()
+from mlra_scale.cluster.rank.latch import take_latch, wait_at_latch
+wait_at_latch(take_latch())
 print("in:", sys.stdin.read())
 """
 AGENT = f"""
