@@ -22,10 +22,14 @@ _BEFORE_TRAINING = ("waiting", "starting", *_MEETING, "preparing")
 
 
 def hang_seconds(ranks: Sequence[RankStatus]) -> tuple[float, bool]:
-    """Returns for how long no rank has begun anything new, in seconds, and whether training has not begun yet."""
+    """Returns for how long no rank has begun anything new, in seconds, and whether training has not begun yet.
+
+    A rank that gives no sign of life does not count as starting: it may have trained since its last one.
+    """
     if not ranks:
         return 0.0, True
-    return min(rank.idle for rank in ranks), any(rank.heartbeat.phase in _BEFORE_TRAINING for rank in ranks)
+    alive = [rank for rank in ranks if rank.silence <= SILENT_SECONDS]
+    return min(rank.idle for rank in ranks), any(rank.heartbeat.phase in _BEFORE_TRAINING for rank in alive)
 
 
 def are_meeting(ranks: Sequence[RankStatus], num_ranks: int) -> bool:

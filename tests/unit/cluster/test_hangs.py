@@ -67,6 +67,8 @@ def test_ranks_behind_are_named() -> None:
 def test_training_has_begun_when_all_ranks_have(phase: str, is_starting: bool) -> None:
     assert hang_seconds([status(0), status(1, phase=phase)])[1] == is_starting
     assert hang_seconds([]) == (0.0, True) and suspects([]) == {}
+    stopped = status(1, phase=phase, silence=SILENT_SECONDS + 1.0)
+    assert not hang_seconds([status(0), stopped])[1], "it may have been stopped right after its first step"
 
 
 @pytest.mark.parametrize(
