@@ -297,8 +297,8 @@ class Session:
 
     def _exclude_node(self, action: Action) -> bool:
         """Returns whether the node that computed wrong will be left out; of several suspected ones none is."""
-        nodes = set(action.nodes.values())
-        return len(nodes) == 1 and self.watchdog.exclude(*nodes, action.reason)
+        nodes = sorted(set(action.nodes.values()))
+        return len(nodes) == 1 and self.watchdog.exclude(nodes[0], action.reason)
 
     def _given_up(self, action: Action) -> TrainingStopped:
         returns = [
