@@ -352,11 +352,12 @@ class AttemptRunner:
     def _blame(self, nodes: Mapping[str, str]) -> None:
         if not nodes:
             return
-        for name, reason in nodes.items():
+        reasons = {name: reason or "no reason is given" for name, reason in nodes.items()}
+        for name, reason in reasons.items():
             if name not in self._bad_nodes:
                 self._bad_nodes[name] = reason
                 self._say(f"bad node {name}: {reason}")
-        self._verdict = self._verdict or ("bad_node", "; ".join(f"{name}: {why}" for name, why in nodes.items()))
+        self._verdict = self._verdict or ("bad_node", "; ".join(f"{name}: {why}" for name, why in reasons.items()))
         self._kill_after(_EVIDENCE_SECONDS)
 
     def _kill_after(self, seconds: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.cluster.channel import Heard, Hub
@@ -144,6 +144,7 @@ messages = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(messages)
+@example([{"bad_nodes": {"b": ""}}])
 def test_no_message_of_a_node_ends_the_job(said: list[Any]) -> None:
     """And its verdict can be written into job.json and onto a console."""
     as_sent = [json.loads(json.dumps(message)) for message in said if isinstance(message, dict)]
