@@ -1,34 +1,26 @@
 """Comparing copies that must be equal: parameters that several tensor, pipeline or data ranks hold.
 
-Only the owner's copy is stored. Each rank reduces its copies to one checksum per parameter and part,
-
-    sum over elements of  bits(element) * weight(position)   mod 2^64,   every weight odd,
-
-in integer arithmetic, so that neither order nor cuts matter: the checksums of a tensor's partitions over data ranks add
-up to that of the whole. One differing element always changes it, because its odd weight has an inverse.
+Only the owner's copy is stored. Each rank reduces its copies to one checksum per parameter and part
+(model/bit_checksum.py); those of a tensor's partitions over data ranks add up to that of the whole.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.fragments import Part, parts_of
+from mlra_scale.model.bit_checksum import MODULUS, bit_checksum
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.saving import RankReport
     from mlra_scale.model.parameters import ParameterTable
     from mlra_scale.parallel import Engine
     from mlra_scale.parallel.fragments import Fragment
-
-_BLOCK = 2**16
-_ODD_INSIDE, _ODD_ACROSS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
-_MODULUS = 2**64
 
 
 class Digest(NamedTuple):
@@ -64,7 +56,7 @@ def digests_on_device(
         if fragment.name in names:
             for part, tensor in parts_of(fragment):
                 keys.append((fragment.name, part, tensor.numel()))
-                values.append(_checksum(tensor.detach(), fragment.start))
+                values.append(bit_checksum(tensor, fragment.start))
     return keys, torch.stack(values) if values else torch.empty(0, dtype=torch.int64)
 
 
@@ -73,7 +65,7 @@ def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests
     found: Digests = {}
     for (name, part, numel), value in zip(keys, values, strict=True):
         before = found.get((name, part), Digest(0, 0))
-        found[name, part] = Digest(before.numel + numel, (before.value + value) % _MODULUS)
+        found[name, part] = Digest(before.numel + numel, (before.value + value) % MODULUS)
     return found
 
 
@@ -113,34 +105,4 @@ def _versions(name: str, holders: list[tuple[int, Digest]], numel: int) -> Itera
             pieces.append((rank, digest))
     if pieces:
         assert sum(digest.numel for _, digest in pieces) == numel, (name, pieces)
-        yield sum(digest.value for _, digest in pieces) % _MODULUS, "+".join(str(rank) for rank, _ in pieces)
-
-
-def _checksum(values: torch.Tensor, start: int) -> torch.Tensor:
-    """The checksum of elements start, start + 1, ... as an int64 scalar on their device."""
-    bits = values.contiguous().view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
-    weights = _weights(values.device)
-    position, stop = start, start + values.numel()
-    while position < stop:
-        block, offset = divmod(position, _BLOCK)
-        count = min(_BLOCK - offset, stop - position)
-        part = (bits[position - start : position - start + count] * weights[offset : offset + count]).sum()
-        total += part * _signed(_odd(block, _ODD_ACROSS))
-        position += count
-    return total
-
-
-@lru_cache(maxsize=8)
-def _weights(device: torch.device) -> torch.Tensor:
-    """An odd number for every position of a block."""
-    return torch.tensor([_signed(_odd(position, _ODD_INSIDE)) for position in range(_BLOCK)], device=device)
-
-
-def _odd(number: int, factor: int) -> int:
-    return (number * factor) % _MODULUS | 1
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same bits."""
-    return number - _MODULUS if number >= _MODULUS // 2 else number
+        yield sum(digest.value for _, digest in pieces) % MODULUS, "+".join(str(rank) for rank, _ in pieces)

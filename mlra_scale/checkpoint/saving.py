@@ -141,7 +141,7 @@ def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | N
     """Starts a snapshot of the weights and moments of an engine that a rank owns.
 
     Checksums are computed of `copied` (from `copies.copied_parameters`). The tensors are copied into `memory` while
-    training goes on to its next update, where it waits for the copies: on a GPU they run on a stream of their own,
+    training continues, and its next update waits until they are. Copies from a GPU run on a separate stream, copies
     from host memory in the writer's thread. Without `memory` no copy is made.
     """
     failpoints.reached("snapshot")

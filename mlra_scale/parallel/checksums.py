@@ -1,8 +1,7 @@
 """Fingerprints of what a rank computes and holds, by which silent data corruption is found.
 
-A checksum of a tensor is the sum of its elements' bits, read as integers, each times an odd weight of its position,
-modulo 2^64. A flipped bit changes one term by a power of two times an odd number, which is never zero: no single flip
-is missed, and several are missed with a chance of about 2^-32. Where a device does not repeat its results bit by bit,
+They are checksums of bits (model/bit_checksum.py): no single flip is missed, and several are missed with a chance of
+about 2^-32. Where a device does not repeat its results bit by bit,
 the L2 norm stands in for the checksum, and is compared within a bound.
 
 What a pass computes is recorded at four places of every rank:
@@ -20,46 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mlra_scale.model.randomness import hash_int64
+from mlra_scale.model.bit_checksum import bit_checksum
 from mlra_scale.parallel.master import MasterView
 from mlra_scale.parallel.step import UpdateProposal
 
 FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)
-_LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = 6364136223846793005
 """Joins checksums in order; any odd number would do (this one: Knuth, The Art of Computer Programming, sec. 3.3.4)."""
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Elements whose weighted bits, 8 bytes each, exist at once."""
 
 
-class Checksums:
-    """Adds tensors to checksums. It keeps the weights of a chunk of positions on every device that it has met."""
+def joined(total: Tensor, values: Tensor) -> Tensor:
+    """Returns the checksum of what `total` (int64, one number) stands for, followed by the values."""
+    return total * _MULTIPLIER + bit_checksum(values).to(total.device)
 
-    def __init__(self) -> None:
-        self._weights: dict[torch.device, Tensor] = {}
 
-    @torch.no_grad()
-    def add(self, total: Tensor, values: Tensor) -> Tensor:
-        """Returns the checksum of what `total` (int64, one number) stands for, followed by the values."""
-        lanes = values.detach().reshape(-1).view(_LANES[values.element_size()])
-        weights = self._weights_on(values.device)
-        of_values = torch.zeros((), dtype=torch.int64, device=values.device)
-        for chunk in lanes.split(len(weights)):
-            of_values = of_values * _MULTIPLIER + (chunk * weights[: len(chunk)]).sum()
-        return total * _MULTIPLIER + of_values.to(total.device)
-
-    def of(self, tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-        """Returns the checksum of several tensors, one number on `device`."""
-        total = torch.zeros((), dtype=torch.int64, device=device)
-        for values in tensors:
-            total = self.add(total, values)
-        return total
-
-    def _weights_on(self, device: torch.device) -> Tensor:
-        if device not in self._weights:
-            positions = torch.arange(_CHUNK.get(device.type, _CHUNK["cuda"]), device=device)
-            self._weights[device] = hash_int64(positions) | 1
-        return self._weights[device]
+def checksum_of(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Returns the checksum of several tensors in their order, one int64 number on `device`."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for values in tensors:
+        total = joined(total, values)
+    return total
 
 
 class StateNote:
@@ -68,8 +47,8 @@ class StateNote:
     It covers the fp32 weights that the optimizer updates, its moments, and the weights that the model computes with.
     """
 
-    def __init__(self, view: MasterView, checksums: Checksums, device: torch.device) -> None:
-        self._view, self._checksums, self._device = view, checksums, device
+    def __init__(self, view: MasterView, device: torch.device) -> None:
+        self._view, self._device = view, device
         self._noted: Tensor | None = None
 
     @property
@@ -79,7 +58,7 @@ class StateNote:
 
     def take(self) -> None:
         """Notes the present state."""
-        self._noted = self._checksums.of(self._view.state(), self._device)
+        self._noted = checksum_of(self._view.state(), self._device)
 
     def drop(self) -> None:
         """Forgets what was noted, because the state is changed on purpose."""
@@ -89,14 +68,14 @@ class StateNote:
         """Compares the state with what was noted, and drops that; one int64 number, zero where nothing has changed."""
         assert self._noted is not None
         noted, self._noted = self._noted, None
-        return self._checksums.of(self._view.state(), self._device) - noted
+        return checksum_of(self._view.state(), self._device) - noted
 
 
 class PassRecorder:
     """Records fingerprints of passes while it is started; otherwise it costs nothing."""
 
-    def __init__(self, module: nn.Module, view: MasterView, checksums: Checksums, device: torch.device) -> None:
-        self._module, self._view, self._checksums, self._device = module, view, checksums, device
+    def __init__(self, module: nn.Module, view: MasterView, device: torch.device) -> None:
+        self._module, self._view, self._device = module, view, device
         self._handles: list[RemovableHandle] = []
         self._passes: list[Tensor] = []
         self._is_exact = True
@@ -132,9 +111,8 @@ class PassRecorder:
 
     def stop(self) -> Tensor:
         """Ends recording; returns [passes, 4]: int64 checksums, or float64 norms, of all passes since the start."""
-        for handle in self._handles:
-            handle.remove()
-        passes, self._handles, self._passes = torch.stack(self._passes), [], []
+        passes = torch.stack(self._passes)
+        self.drop()
         return passes
 
     def drop(self) -> None:
@@ -150,7 +128,7 @@ class PassRecorder:
     @torch.no_grad()
     def _add(self, place: int, values: Tensor) -> None:
         if self._is_exact:
-            self._totals[place] = self._checksums.add(self._totals[place], values)
+            self._totals[place] = joined(self._totals[place], values)
         else:
             square = torch.linalg.vector_norm(values.detach(), dtype=torch.float64).square()
             self._totals[place] = self._totals[place] + square.to(self._device)

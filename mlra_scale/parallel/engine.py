@@ -17,7 +17,7 @@ from mlra_scale.config import BatchPlan, Config, deepspeed_config, zero_stage
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import load_vectors, spectral_norms, stored_vectors
 from mlra_scale.model.update_rules import update_rules
-from mlra_scale.parallel.checksums import Checksums, PassRecorder, StateNote
+from mlra_scale.parallel.checksums import PassRecorder, StateNote
 from mlra_scale.parallel.factor_norms import FactorNorms
 from mlra_scale.parallel.fragments import Fragment, scale_rows
 from mlra_scale.parallel.master import (
@@ -89,9 +89,8 @@ class Engine(ABC):
             # DeepSpeed would copy all gradients into one buffer, to reduce them over a single rank.
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
-        checksums, device = Checksums(), self.topology.device
-        self.recorder = PassRecorder(self.module, self._view, checksums, device)
-        self.state_note = StateNote(self._view, checksums, device)
+        self.recorder = PassRecorder(self.module, self._view, self.topology.device)
+        self.state_note = StateNote(self._view, self.topology.device)
         self._tied_copies = tied_copies
         self._spectral_norms = spectral_norms(self.module)
         self._matrix_optimizer = self._build_matrix_optimizer(named)

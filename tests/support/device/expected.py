@@ -221,14 +221,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
         Wait("tolist", "mlra_scale/training/watch/text_tasks.py:TextTasks.score", 1, "the scores of all windows"),
     ),
     "agreement of a save": (_STEP,),
-    "snapshot": (
-        Wait(
-            "copy cpu to cuda",
-            "mlra_scale/checkpoint/copies.py:_weights",
-            1,
-            "at the first save: the numbers by which copies are condensed; the copies themselves are not waited for",
-        ),
-    ),
+    "snapshot": (),
     "generation": (
         Wait("copy cpu to cuda", _NEW_TOKENS, 2, "the prompts and their mask"),
         Wait("copy cpu to cuda", f"{_GENERATION}._prepare_special_tokens", 2, "the tokens that end and pad a text"),
