@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from ruamel.yaml import YAML, MappingNode
+from ruamel.yaml.error import YAMLError
 
 from mlra_scale.data.tokenizer import LoadedTokenizer
 from mlra_scale.evaluation import EvaluationError
@@ -55,10 +56,10 @@ def harness_problem(task: str) -> str | None:
 def _file_problem(path: Path) -> str | None:
     """Returns why a file cannot be a task; its functions and files are not loaded."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        root = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
         return f"{path} cannot be read as YAML: {' '.join(str(error).split())}"
-    keys = {key.value for key, _ in root.value} if isinstance(root, yaml.MappingNode) else set()
+    keys = {key.value for key, _ in root.value} if isinstance(root, MappingNode) else set()
     if keys & {"task", "group", "include"}:
         return None
     return f"{path} is no YAML file of a task: it has neither `task` nor `group` nor `include`"
