@@ -186,7 +186,7 @@ def recorded_reason(run: RunDirectory, kind: str, attempt: JobAttempt) -> str | 
     """Returns what the run recorded of its end in an attempt, or wrote to the log of rank 0 before it could record."""
     if kind == "bad_input":
         with contextlib.suppress(OSError):
-            log = run.logs / f"attempt-{attempt.number:03d}" / "rank-00000.log"
+            log = run.attempt_logs(attempt.number) / "rank-00000.log"
             if message := " ".join(log.read_text(errors="replace").partition("bad input")[2].split()):
                 return message[:2000]
     if kind not in ("bad_input", "non_finite", "unstable", "failed"):

@@ -65,6 +65,10 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.exported = self.path / "exported"
 
+    def attempt_logs(self, number: int) -> Path:
+        """Returns the folder for the logs of a cluster job's attempt, counted from 1."""
+        return self.logs / f"attempt-{number:03d}"
+
     def holds_a_run(self) -> bool:
         """Returns whether a run was started here; an empty checkpoints folder, or a link to one, is no run."""
         has_checkpoints = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())

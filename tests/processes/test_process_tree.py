@@ -52,6 +52,31 @@ def test_descendants_are_children_and_theirs(started: list[subprocess.Popen[str]
     assert descendants(2**22) == []
 
 
+LEAVE = """
+import atexit, ctypes, sys, threading, time
+from mlra_scale.process_tree import leave
+atexit.register(lambda: print("registered"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("of a thread"))).start()
+libc = ctypes.CDLL(None)
+libc.printf(b"of C\\n")
+print("of Python", end="")
+if sys.argv[1:]:
+    sys.stdout.close()
+leave(7)
+"""
+
+
+def test_leaving_loses_no_output_and_keeps_the_exit_code() -> None:
+    """What a whole end of the interpreter would do, without its second of finalization."""
+    command = [sys.executable, "-c", LEAVE]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 7 and result.stderr == ""
+    assert sorted(result.stdout.replace("of Python", "of Python\n", 1).split("\n")[:-1]) == [
+        *("of C", "of Python", "of a thread", "registered")
+    ]
+    assert subprocess.run([*command, "closed"], capture_output=True, timeout=30, check=False).returncode == 7
+
+
 def test_a_rank_whose_agent_has_ended_before_does_not_begin() -> None:
     result = subprocess.run([sys.executable, "-c", RANK, "1"], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 1 and "has ended already" in result.stderr and result.stdout == ""

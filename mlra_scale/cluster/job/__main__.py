@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from mlra_scale.cluster import slurm
@@ -93,6 +94,8 @@ class Job:
         device = self._config.train.device
         self._settings = settings if device == "auto" else replace(settings, device=device)
         self._checks: dict[int, CheckResult] = {}  # by number of nodes; those that have found nothing wrong
+        # Asked once: a restart then needs no answer of Slurm's controller before its ranks begin.
+        self._address = cache(lambda node: slurm.address(node, is_stop_asked))
         self._too_few: set[int] = set()  # numbers of nodes that a check has refused
         self._usable = list(allocation.nodes)
         console = Console(self._run.logs / "console.log")
@@ -318,7 +321,7 @@ class Job:
             self._file.become("running")
             self._say(f"attempt {attempt.number}: training since {attempt.first_step_seconds:.1f} s after its start")
             if self._config.cluster.spares:
-                self._spare.plan(self._plan, attempt.number + 1)
+                self._spare.plan(replace(self._plan, logs=self._run.attempt_logs(attempt.number + 1)))
 
     def _tend_spare(self) -> None:
         if self._is_stop_asked():
@@ -332,9 +335,9 @@ class Job:
         return AttemptPlan(
             nodes=nodes,
             here=here,
-            addresses={node: slurm.address(node, self._is_stop_asked) for node in dict.fromkeys((here, *nodes))},
+            addresses={node: self._address(node) for node in dict.fromkeys((here, *nodes))},
             training=(*self._arguments, *layout, *overrides_of_ranks(settings.device, world_size)),
-            logs=self._run.logs / f"attempt-{number:03d}",
+            logs=self._run.attempt_logs(number),
             settings=settings,
             cluster=config.cluster,
             hang_seconds=60 * (config.cluster.hang_minutes or config.parallel.timeout_minutes / 2),

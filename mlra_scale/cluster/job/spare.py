@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from mlra_scale.cluster.job.attempt import AttemptRunner
 from mlra_scale.cluster.job.step import AttemptPlan
@@ -28,9 +27,9 @@ class Spare:
         self._runner: AttemptRunner | None = None
         self._has_said = False
 
-    def plan(self, present: AttemptPlan, number: int) -> None:
-        """Plans the spare ranks of an attempt, to be started when the present one has trained for a while."""
-        self._plan = replace(present, logs=present.logs.with_name(f"attempt-{number:03d}"))
+    def plan(self, plan: AttemptPlan) -> None:
+        """Plans spare ranks, to be started when the present attempt has trained for a while."""
+        self._plan = plan
         self._start_at = time.monotonic() + _DELAY_SECONDS
 
     def tend(self) -> None:

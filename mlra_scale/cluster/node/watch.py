@@ -21,6 +21,7 @@ from mlra_scale.cluster.rank.latch import Latch
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
 from mlra_scale.process_tree import process_state, send_signal
+from mlra_scale.training.run_directory import RunDirectory
 
 _REPORT_SECONDS = 1.0
 _JOB_SECONDS = 30.0
@@ -62,6 +63,7 @@ class Watch:
     ) -> None:
         self._link, self._socket, self._latch = link, heartbeats, latch
         self._logs, self._node_rank, self._lost_seconds = logs, node_rank, lost_seconds
+        self._directory = RunDirectory(logs.parents[1])
         self._processes = processes
         self._ranks: dict[int, tuple[Heartbeat, float]] = {}
         self._stopped: set[int] = set()
@@ -177,7 +179,7 @@ class Watch:
         if any(attempt.ended is not None for attempt in self._attempts()[-1:]):
             time.sleep(_RESTART_SECONDS)  # the job may be waiting before it starts again
         attempts, job_id = self._attempts(), os.environ.get("SLURM_JOB_ID")
-        is_newest = not attempts or self._logs.name == f"attempt-{attempts[-1].number:03d}"
+        is_newest = not attempts or self._logs == self._directory.attempt_logs(attempts[-1].number)
         if job_id is not None and not self._stop.is_set() and is_newest:
             with contextlib.suppress(SlurmError):
                 requeue(job_id)
@@ -185,6 +187,6 @@ class Watch:
 
     def _attempts(self) -> list[JobAttempt]:
         try:
-            return JobFile.read(self._logs.parents[1] / "job.json").attempts
+            return JobFile.read(self._directory.job).attempts
         except (OSError, ValueError):
             return []

@@ -29,7 +29,7 @@ from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECOR
 SCONTROL = """#!/bin/sh
 case "$*" in
 *"show hostnames"*) printf 'a\\nb\\n' ;;
-*"show node"*) echo "NodeAddr=127.0.0.1 State=DOWN*" ;;
+*"show node"*) [ ! -e "$TEST_RECORD/silent" ] || exit 1; echo "NodeAddr=127.0.0.1 State=DOWN*" ;;
 *"show job"*)
     # Slurm is asked first at the job's start.
     if [ -e "$TEST_RECORD/asked" ]; then restarts=$TEST_RESTARTS; else restarts=2; touch "$TEST_RECORD/asked"; fi
@@ -106,7 +106,7 @@ def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -
     play = """
         number = int(me.name == "b")
         me.join()
-        print("hello from", me.name, flush=True)
+        print(f"hello from {me.name}\\n", end="", flush=True)
         me.report(rank(number))
         me.meet(me.run_id)
         if me.run_id == "attempt-001":
@@ -140,7 +140,7 @@ if me.run_id == "attempt-001":
     while UNTIL not in console.read_text():
         time.sleep(0.02)
     me.end(failure(number, 1, number, "odd"))
-print(me.run_id, me.is_spare, flush=True)
+print(f"{me.run_id} {me.is_spare}\\n", end="", flush=True)  # in one write: two nodes share the output
 me.end()
 """
 
@@ -170,6 +170,53 @@ def test_an_attempt_is_made_ready_while_the_one_before_it_runs(
     assert console.count("the spare ranks begin") == is_taken
     logs = sorted(path.name for path in (desk.run / "logs").iterdir() if path.is_dir())
     assert logs == ["attempt-001", "attempt-002"], "nothing is left of one that did not begin"
+
+
+def test_spare_ranks_begin_while_the_controller_does_not_answer(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes' addresses are known since the first attempt, and srun has its step already."""
+    monkeypatch.setattr(spare, "_DELAY_SECONDS", 0.0)
+    silent = (
+        f"import pathlib; pathlib.Path(os.environ[{RECORD_VARIABLE!r}], 'silent').touch(); me.end(failure(number, 1"
+    )
+    play = SPARES.replace("DOES", "pass").replace("UNTIL", "'loaded their libraries and wait'")
+    play = play.replace("me.end(failure(number, 1", silent)
+    assert desk.job("cluster.spares=true", a=play, b=play) == 0
+    assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])]
+    assert "the spare ranks begin" in (desk.run / "logs" / "console.log").read_text()
+
+
+def test_spare_ranks_that_loaded_other_versions_do_not_begin(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update of the package while the job runs: the next attempt has it on all ranks."""
+    monkeypatch.setattr(spare, "_DELAY_SECONDS", 0.0)
+    console = desk.run / "logs" / "console.log"
+    monkeypatch.setattr(attempt, "versions", lambda: {"torch": "2" if "and wait" in console.read_text() else "1"})
+    monkeypatch.setattr(attempt, "odd_ones", lambda *arguments: {})
+    play = SPARES.replace("DOES", "pass").replace("UNTIL", "'loaded their libraries and wait'")
+    assert desk.job("cluster.spares=true", a=play, b=play) == 0
+    said = console.read_text()
+    assert said.count("attempt-002 False\n") == 2 and "the spare ranks begin" not in said
+
+
+def test_a_stop_ends_the_spare_ranks_and_the_ranks_that_train(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare, "_DELAY_SECONDS", 0.0)
+    play = """
+        number, console = int(me.name == "b"), me.logs.parent / "console.log"
+        me.join()
+        if me.is_spare:
+            me.report(rank(number, phase="waiting"))
+            me.wait_for("kill")
+            me.end()
+        me.report(rank(number))
+        while number and "loaded their libraries and wait" not in console.read_text():
+            time.sleep(0.02)
+        if number:
+            os.kill(int(os.environ["TEST_JOB"]), signal.SIGUSR1)
+        me.wait_for("stop")
+        me.end(failure(number, 5))
+    """
+    assert desk.job("cluster.spares=true", a=play, b=play) == 0
+    assert desk.ends == [("preempted", ["a", "b"])] and desk.file.state == "preempted"
+    assert [path.name for path in (desk.run / "logs").iterdir() if path.is_dir()] == ["attempt-001"]
 
 
 CHECKPOINT = """
