@@ -1,9 +1,10 @@
 """Brings whole matrices to one rank each, and parts of the results back, in every layout.
 
 The ranks of a pipeline stage hold parts of its matrices: shards of tensor parallelism, and of these what ZeRO gives a
-data rank. A round is a set of matrices, at most one for each rank of the stage, its owner. Matrices of about the same
-work are in one round, so that no owner waits long for another; each rank keeps one matrix at a time beside its own
-parts. Every element is sent to the owner once: what several ranks hold is sent by the one nearest to it.
+data rank. A round is a set of matrices, at most one for each rank of the stage, its owner: a rank that holds it, where
+the work stays alike. Matrices of about the same work are in one round, so that no owner waits long for another; each
+rank keeps one matrix at a time beside its own parts. Every element is sent to the owner once: what several ranks hold
+is sent by the one nearest to it. Nothing is sent in a round whose owners hold their matrices alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,20 @@ class Transfer:
     holders: tuple[Part, ...] = ()
 
 
+@dataclass(frozen=True)
+class Round:
+    """Matrices that are orthogonalised at the same time.
+
+    Attributes:
+        transfers: One for each owner, in order of their ranks.
+        is_sent, is_returned: Whether any rank sends to another one on the way to the owners, and on the way back.
+    """
+
+    transfers: tuple[Transfer, ...]
+    is_sent: bool
+    is_returned: bool
+
+
 class MatrixExchange:
     """The rounds of a stage. Collective over its ranks, like `to_owner` and `from_owner`.
 
@@ -87,20 +102,25 @@ class MatrixExchange:
         gathered = [torch.empty_like(runs) for _ in range(self._num_ranks)]
         dist.all_gather(gathered, runs, group=self._group)
         runs_of_ranks = [of_rank.tolist() for of_rank in gathered]
-        self.rounds: list[list[Transfer]] = []
-        for indices in rounds_of([info.shape for info in infos], self._num_ranks):
-            parts = [[of_rank[index] for of_rank in runs_of_ranks] for index in indices]
-            self.rounds.append(
-                [
-                    self._transfer(infos[index], owner, runs, is_replicated_over_data)
-                    for owner, (index, runs) in enumerate(zip(indices, parts, strict=True))
-                ]
-            )
+        runs_of_matrices = [[of_rank[index] for of_rank in runs_of_ranks] for index in range(len(infos))]
+        holders = [{rank: numel for rank, (_, numel) in enumerate(runs) if numel} for runs in runs_of_matrices]
+        self.rounds: list[Round] = []
+        for indices in rounds_of([info.shape for info in infos], self._num_ranks, holders):
+            transfers, is_sent, is_returned = [], False, False
+            for owner, index in indices.items():
+                parts = self._parts(infos[index], owner, runs_of_matrices[index], is_replicated_over_data)
+                is_sent, is_returned = (
+                    is_any or any(part.rank != owner for part in each)
+                    for is_any, each in zip((is_sent, is_returned), parts, strict=True)
+                )
+                transfers.append(self._transfer(infos[index], owner, *parts))
+            self.rounds.append(Round(tuple(transfers), is_sent, is_returned))
 
-    def _transfer(
+    def _parts(
         self, info: ParameterInfo, owner: int, runs: Sequence[tuple[int, int]], is_replicated_over_data: bool
-    ) -> Transfer:
-        num_shards = 1 if info.shard_dim is None else self._tensor
+    ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """Returns `senders` and `holders` of a matrix: see Transfer."""
+        num_shards = self._num_shards(info)
         shard_numel = info.numel() // num_shards
         owner_data, owner_tensor = divmod(owner, self._tensor)
         holders, senders = [], []
@@ -114,35 +134,45 @@ class MatrixExchange:
             if is_nearest and (not is_replicated_over_data or data_rank == owner_data):
                 senders.append(part)
         senders.sort(key=lambda part: part.start)
+        assert sum(part.numel for part in senders) == info.numel(), (info.name, senders)
+        return tuple(senders), tuple(holders)
+
+    def _transfer(
+        self, info: ParameterInfo, owner: int, senders: tuple[Part, ...], holders: tuple[Part, ...]
+    ) -> Transfer:
         rows, columns = info.shape
-        assert sum(part.numel for part in senders) == rows * columns, (info.name, senders)
         num_sent, num_held = (
             sum(part.numel for part in parts if part.rank == self.rank) for parts in (senders, holders)
         )
-        tables = (tuple(senders), tuple(holders)) if owner == self.rank else ((), ())
-        return Transfer(info.name, (rows, columns), owner, num_sent, num_held, num_shards, info.shard_dim, *tables)
+        tables = (senders, holders) if owner == self.rank else ((), ())
+        return Transfer(
+            info.name, (rows, columns), owner, num_sent, num_held, self._num_shards(info), info.shard_dim, *tables
+        )
 
-    def to_owner(self, transfers: Sequence[Transfer], parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _num_shards(self, info: ParameterInfo) -> int:
+        return 1 if info.shard_dim is None else self._tensor
+
+    def to_owner(self, turn: Round, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sends the parts of a round's matrices to their owners.
 
         Args:
-            transfers: A round.
+            turn: The round.
             parts: The elements that this rank holds, 1-D, of any type. Emptied, to free them before matrices come.
 
         Returns:
             The whole matrix [M, N] that this rank owns in this round, in the type of transport; [0, 0] if it owns none.
         """
         sizes = self._no_sizes()
-        for transfer in transfers:
+        for transfer in turn.transfers:
             sizes[transfer.owner] = transfer.num_sent
-        outgoing = self._packed([parts[each.name] for each in transfers if each.num_sent > 0], sum(sizes))
+        outgoing = self._packed([parts[each.name] for each in turn.transfers if each.num_sent > 0], sum(sizes))
         parts.clear()
-        mine = self._owned(transfers)
+        mine = self._owned(turn)
         if mine is None:
-            self._exchange(outgoing, sizes, self._no_sizes())
+            self._exchange(outgoing, sizes, self._no_sizes(), turn.is_sent)
             return torch.empty(0, 0, dtype=self.dtype, device=self._device)
         received_sizes = self._sizes(mine.senders)
-        received = self._exchange(outgoing, sizes, received_sizes)
+        received = self._exchange(outgoing, sizes, received_sizes, turn.is_sent)
         del outgoing
         order = [part.rank for part in mine.senders]
         if order != sorted(order):
@@ -150,13 +180,13 @@ class MatrixExchange:
             received = torch.cat([of_rank[rank] for rank in order])
         return _whole(received, mine)
 
-    def from_owner(self, transfers: Sequence[Transfer], matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    def from_owner(self, turn: Round, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sends what each owner made of its matrix [M, N] back to all who hold parts of it.
 
         Returns:
             The elements that this rank holds, 1-D, by name: parts of one buffer, which may be the matrix's.
         """
-        mine = self._owned(transfers)
+        mine = self._owned(turn)
         holders = () if mine is None else mine.holders
         flat = matrix if mine is None else _in_shards(matrix, mine)
         del matrix
@@ -164,13 +194,14 @@ class MatrixExchange:
         outgoing = self._packed(sent, sum(part.numel for part in holders))
         del flat, sent
         received_sizes = self._no_sizes()
-        for transfer in transfers:
+        for transfer in turn.transfers:
             received_sizes[transfer.owner] = transfer.num_held
-        received = self._exchange(outgoing, self._sizes(holders), received_sizes).split(received_sizes)
-        return {each.name: received[each.owner] for each in transfers if each.num_held > 0}
+        received = self._exchange(outgoing, self._sizes(holders), received_sizes, turn.is_returned)
+        of_owner = received.split(received_sizes)
+        return {each.name: of_owner[each.owner] for each in turn.transfers if each.num_held > 0}
 
-    def _owned(self, transfers: Sequence[Transfer]) -> Transfer | None:
-        return next((transfer for transfer in transfers if transfer.owner == self.rank), None)
+    def _owned(self, turn: Round) -> Transfer | None:
+        return next((transfer for transfer in turn.transfers if transfer.owner == self.rank), None)
 
     def _no_sizes(self) -> list[int]:
         return [0] * self._num_ranks
@@ -190,9 +221,11 @@ class MatrixExchange:
             torch._foreach_copy_(targets, tensors, non_blocking=True)
         return packed
 
-    def _exchange(self, outgoing: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]) -> torch.Tensor:
+    def _exchange(
+        self, outgoing: torch.Tensor, sent_sizes: list[int], received_sizes: list[int], is_any_sent: bool
+    ) -> torch.Tensor:
         """Sends each rank its part; returns what all ranks have sent to this one, in the order of ranks."""
-        if self._num_ranks == 1:
+        if not is_any_sent:
             return outgoing
         incoming = torch.empty(sum(received_sizes), dtype=self.dtype, device=self._device)
         dist.all_to_all_single(incoming, outgoing, received_sizes, sent_sizes, group=self._group)

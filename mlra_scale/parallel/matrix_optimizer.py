@@ -22,7 +22,7 @@ from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.update_rules import UpdateRule
 from mlra_scale.parallel.factor_norms import FactorNorms
 from mlra_scale.parallel.fragments import Fragment
-from mlra_scale.parallel.matrix_exchange import MatrixExchange, Transfer
+from mlra_scale.parallel.matrix_exchange import MatrixExchange, Round
 from mlra_scale.parallel.newton_schulz import orthogonalised
 from mlra_scale.parallel.topology import Topology
 
@@ -72,11 +72,11 @@ class MatrixOptimizer:
             self.norms.advance(masters)
             divisors = self.norms.divisors()
         found = {gradient.name: gradient.values for gradient in gradients if gradient.name in self.rules}
-        for transfers in self._exchange.rounds:
-            names = [each.name for each in transfers if each.name in found]
+        for turn in self._exchange.rounds:
+            names = [each.name for each in turn.transfers if each.name in found]
             fragments = {name: masters[name] for name in names}
             directions = self._directions(fragments, [found[name] for name in names], factor)
-            updates = self._exchange.from_owner(transfers, self._orthogonalised(transfers, directions))
+            updates = self._exchange.from_owner(turn, self._orthogonalised(turn, directions))
             self._apply(fragments, updates, divisors, learning_rate)
             del updates  # frees the buffer in which they came before the next round
 
@@ -94,11 +94,11 @@ class MatrixOptimizer:
             torch._foreach_lerp_(scaled, momenta, mu)
         return dict(zip(masters, scaled if self._optim.nesterov else momenta, strict=True))
 
-    def _orthogonalised(self, transfers: list[Transfer], directions: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _orthogonalised(self, turn: Round, directions: dict[str, torch.Tensor]) -> torch.Tensor:
         optim, dtype = self._optim, self._exchange.dtype
         coefficients, steps = optim.newton_schulz_coefficients, optim.newton_schulz_steps
         # No name here for the matrix that came: `orthogonalised` frees it.
-        return orthogonalised(self._exchange.to_owner(transfers, directions), coefficients, steps, dtype)
+        return orthogonalised(self._exchange.to_owner(turn, directions), coefficients, steps, dtype)
 
     def _apply(
         self,

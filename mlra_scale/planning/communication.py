@@ -173,43 +173,50 @@ def _matrix_traffic(matrices: tuple[Matrix, ...], tensor: int, data: int, zero: 
     """Traffic of the matrices of a stage.
 
     A round has two all-to-alls (parallel/matrix_exchange.py): every matrix goes to its owner, which has a part of it,
-    and what becomes of it goes to all ranks that hold parts. Spectron sums two vectors of all its factors in fp32, of
-    their rows and of their columns.
+    and what becomes of it goes to all ranks that hold parts; one in which nobody sends is left out. Spectron sums two
+    vectors of all its factors in fp32, of their rows and of their columns.
     """
     ranks = tensor * data
     if ranks == 1 or not matrices:
         return Traffic()
-    copies = data if zero == 0 else 1
-    numbers = sum(matrix.numel() + tensor * copies * matrix.num_held(tensor) for matrix in matrices)
-    rounds = rounds_of([matrix[:2] for matrix in matrices], ranks)
-    sent = numbers - 2 * _num_kept(matrices, rounds, tensor, data, zero)
-    traffic = Traffic(element * sent / ranks, rings=2 * len(rounds))
+    pieces = _pieces(matrices, tensor, data) if zero in (1, 2) else []
+    holders = [{d * tensor + t: numbers for d, numbers in piece.items() for t in range(tensor)} for piece in pieces]
+    moved, rings = 0.0, 0
+    for indices in rounds_of([matrix[:2] for matrix in matrices], ranks, holders):
+        is_sent = is_returned = False
+        for owner, index in indices.items():
+            matrix = matrices[index]
+            size = matrix.num_held(tensor)
+            kept = holders[index].get(owner, 0.0) if holders else size / (data if zero else 1)
+            moved += matrix.numel() + tensor * (data if zero == 0 else 1) * size - 2 * kept
+            is_cut = [*pieces[index]] != [owner // tensor] if pieces else zero == 3 and data > 1
+            is_sent |= is_cut or (tensor > 1 and matrix.shard_dim is not None)
+            is_returned |= is_cut or tensor > 1 or zero == 0
+        rings += is_sent + is_returned
+    traffic = Traffic(element * moved / ranks, rings=rings)
     factors = [matrix for matrix in matrices if matrix.is_spectron]
     for length in (sum(matrix.rows for matrix in factors), sum(matrix.columns for matrix in factors)):
         traffic += all_reduce(4.0 * length, ranks) if factors else Traffic()
     return traffic
 
 
-def _num_kept(matrices: tuple[Matrix, ...], rounds: list[list[int]], tensor: int, data: int, zero: int) -> float:
-    """Numbers of all matrices that their owners hold themselves, and so neither send nor receive.
+def _pieces(matrices: tuple[Matrix, ...], tensor: int, data: int) -> list[dict[int, float]]:
+    """Returns how many numbers of each matrix each data rank holds: of its tensor shard, at ZeRO 1 and 2.
 
-    ZeRO 1 and 2 cut a parameter group, one weight after the other, into equal pieces for the data ranks; ZeRO 3 cuts
-    each weight.
+    They cut a parameter group, one weight after the other, into equal pieces for the data ranks.
     """
-    sizes = [matrix.num_held(tensor) for matrix in matrices]
-    if zero not in (1, 2):
-        return sum(sizes) / (data if zero else 1)
-    starts, totals = [], dict.fromkeys((matrix.group for matrix in matrices), 0)
-    for matrix, size in zip(matrices, sizes, strict=True):
-        starts.append(totals[matrix.group])
-        totals[matrix.group] += size
-    kept = 0.0
-    for indices in rounds:
-        for owner, index in enumerate(indices):
-            piece = totals[matrices[index].group] / data
-            begin = owner // tensor * piece - starts[index]
-            kept += max(0.0, min(begin + piece, sizes[index]) - max(begin, 0.0))
-    return kept
+    totals = dict.fromkeys((matrix.group for matrix in matrices), 0)
+    for matrix in matrices:
+        totals[matrix.group] += matrix.num_held(tensor)
+    ends, found = dict.fromkeys(totals, 0), []
+    for matrix in matrices:
+        total, start = totals[matrix.group], ends[matrix.group]
+        ends[matrix.group] = end = start + matrix.num_held(tensor)
+        # In units of 1 / data, in which pieces are whole numbers.
+        ranks = range(start * data // total, -(-end * data // total))
+        shared = {rank: min((rank + 1) * total, end * data) - max(rank * total, start * data) for rank in ranks}
+        found.append({rank: numbers / data for rank, numbers in shared.items()})
+    return found
 
 
 def ranks_of_stage(plan: BatchPlan, stage: int) -> list[int]:

@@ -287,7 +287,7 @@ def matrix_time(stage: Stage, cluster: Cluster) -> MatrixTime | None:
     optim, plan = stage.config.optim, stage.plan
     rounds = rounds_of([matrix[:2] for matrix in stage.matrices], plan.tensor * plan.data)
     # 2 (2 m^2 n + m^3) FLOPs an iteration: X X^T, its square, and their product with X.
-    num_products = sum(work(stage.matrices[first][:2]) for first, *_ in rounds)
+    num_products = sum(max(work(stage.matrices[index][:2]) for index in indices.values()) for indices in rounds)
     orthogonalisation = 2.0 * optim.newton_schulz_steps * num_products / cluster.flops
     factors = [matrix for matrix in stage.matrices if matrix.is_spectron]
     num_in_factors = sum(matrix.num_held(plan.tensor) for matrix in factors)

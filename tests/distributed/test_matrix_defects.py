@@ -20,7 +20,7 @@ from tests.support.layouts import Layout
 ZERO_3 = Layout(tensor=2, data=2, stage=3)
 CASES: dict[str, tuple[Layout, Options]] = {
     "shards-alone": (Layout(tensor=2), MUON),
-    "pieces-alone": (Layout(data=2, stage=1), MUON),
+    "pieces-alone": (Layout(data=2, stage=1), {**MUON, "model__num_layers": 3}),
     "results-swapped": (ZERO_3, MUON),
     "results-kept": (ZERO_3, MUON),
     "columns-as-rows": (Layout(tensor=2), MUON),
@@ -36,10 +36,10 @@ def defect(name: str) -> tuple[Any, str, Callable[..., Any]]:
     exchange = matrix_exchange.MatrixExchange
     to_owner, from_owner = exchange.to_owner, exchange.from_owner
 
-    def without_the_others(self: Any, transfers: Any, parts: Any) -> Any:
+    def without_the_others(self: Any, turn: Any, parts: Any) -> Any:
         """The owner orthogonalises what it holds itself, zeros elsewhere."""
-        matrix = to_owner(self, transfers, parts)
-        mine = next((transfer for transfer in transfers if transfer.owner == self.rank), None)
+        matrix = to_owner(self, turn, parts)
+        mine = next((transfer for transfer in turn.transfers if transfer.owner == self.rank), None)
         if mine is None:
             return matrix
         flat = matrix_exchange._in_shards(matrix, mine).clone()
@@ -48,18 +48,18 @@ def defect(name: str) -> tuple[Any, str, Callable[..., Any]]:
                 flat[part.start : part.start + part.numel] = 0
         return matrix_exchange._whole(flat, mine)
 
-    def swapped(self: Any, transfers: Any, matrix: Any) -> Any:
+    def swapped(self: Any, turn: Any, matrix: Any) -> Any:
         """Matrices of one size get each other's results."""
-        found = from_owner(self, transfers, matrix)
+        found = from_owner(self, turn, matrix)
         sizes: dict[int, list[str]] = {}
         for each in found:
             sizes.setdefault(found[each].numel(), []).append(each)
         return {name: found[other] for names in sizes.values() for name, other in zip(names, names[::-1], strict=True)}
 
-    def kept(self: Any, transfers: Any, matrix: Any) -> Any:
+    def kept(self: Any, turn: Any, matrix: Any) -> Any:
         """Owners use their results themselves, and send nothing."""
-        owners = {transfer.name: transfer.owner for transfer in transfers}
-        found = from_owner(self, transfers, matrix)
+        owners = {transfer.name: transfer.owner for transfer in turn.transfers}
+        found = from_owner(self, turn, matrix)
         return {name: part if owners[name] == self.rank else torch.zeros_like(part) for name, part in found.items()}
 
     defects: dict[str, tuple[Any, str, Callable[..., Any]]] = {

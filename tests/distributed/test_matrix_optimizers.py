@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from mlra_scale.config import Config
+from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.planning.communication import matrix_traffic
+from mlra_scale.planning.layout import Stage
 from tests.distributed.oracle_runs import (
     Options,
     Pools,
@@ -140,6 +142,22 @@ VARIANTS: dict[str, Options] = {
 )
 def test_variants_equal_the_oracle(worker_pool: Pools, layout: Layout, variant: str) -> None:
     assert_trains_like_the_oracle(worker_pool, in_layout(layout, **VARIANTS[variant]))
+
+
+@pytest.mark.slow_except("tp1pp1dp2-zero1-spectron-mlra")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", [Layout(data=2, stage=1), Layout(tensor=2, data=2, stage=2)], ids=identify)
+def test_a_matrix_that_two_data_ranks_share_equals_the_oracle(
+    worker_pool: Pools, layout: Layout, optimizer: str
+) -> None:
+    """With three blocks ZeRO cuts within the second one; with four every data rank has whole blocks."""
+    config = in_layout(layout, **OPTIMIZERS[optimizer], model__num_layers=3)
+    traffic, of_whole_blocks = (
+        matrix_traffic(Stage(each, batch_plan(each, layout.world_size), 0))
+        for each in (config, in_layout(layout, **OPTIMIZERS[optimizer]))
+    )
+    assert layout.tensor > 1 or traffic.rings > of_whole_blocks.rings == 0
+    assert_trains_like_the_oracle(worker_pool, config)
 
 
 RULES: dict[str, Options] = {

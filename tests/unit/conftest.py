@@ -18,6 +18,12 @@ STARTERS: list[tuple[Any, str]] = [
 """Everything in Python's library that starts a process goes through one of these."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def found_fonts() -> None:
+    """matplotlib looks for fonts when it is imported for the first time on a machine, by a process."""
+    import matplotlib.font_manager  # noqa: F401
+
+
 @pytest.fixture(autouse=True)
 def refused_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Refuses to start a process, and fails the test also where its code has caught the refusal.

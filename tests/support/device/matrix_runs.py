@@ -67,8 +67,13 @@ class MatrixRuns:
         factors = [info for info in self._infos if self._rules[info.name].optimizer == "spectron"]
         of_sums = 4 * sum(sum(info.shape) for info in factors) * 2 * (num_ranks - 1) / num_ranks
         sent = [of_sums] * num_ranks
-        for indices in rounds_of([info.shape for info in self._infos], num_ranks):
-            for owner, index in enumerate(indices):
+        by_rank = [self.by_data_rank[rank // tensor] for rank in range(num_ranks)]
+        holders = [
+            {rank: runs[info.name][1] for rank, runs in enumerate(by_rank) if runs.get(info.name, (0, 0))[1]}
+            for info in self._infos
+        ]
+        for indices in rounds_of([info.shape for info in self._infos], num_ranks, holders):
+            for owner, index in indices.items():
                 info = self._infos[index]
                 for rank in {*range(num_ranks)} - {owner}:
                     num_held = self.by_data_rank[rank // tensor].get(info.name, (0, 0))[1]
