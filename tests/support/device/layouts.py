@@ -93,6 +93,7 @@ WITHOUT_PIPELINE: tuple[Layout, ...] = (
     _with(TENSOR, "tensor 2, dropout", *DROPOUT),
     _with(TENSOR, "tensor 2, options", *OPTIONS),
     _with(TENSOR, "tensor 2, sigmaReparam", "model.sigma_reparam=true"),
+    _with(TENSOR, "tensor 2, CompleteP", "model.depth_rule=completep"),
     _with(TENSOR, "tensor 2, factorised o", "model.factorised_projections=[q,k,v,o]"),
     _with(TENSOR, "tensor 2, dense", preset="gpt2-72l"),
     *(_with(TENSOR, f"tensor 2, plan {plan}", f"parallel.low_rank_plan={plan}") for plan in PLANS),
