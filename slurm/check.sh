@@ -4,7 +4,7 @@
 #
 #   sbatch slurm/check.sh
 #   sbatch --nodes 8 slurm/check.sh --preset gpt2-mlra-96l --output /shared/check
-#   python tools/plan.py --preset gpt2-mlra-72l --cluster-file runs/check-JOBID/cluster.json --nodes 8
+#   mlra-scale plan --preset gpt2-mlra-72l --cluster-file runs/check-JOBID/cluster.json --nodes 8
 #
 # Everything after the file's name goes to `python -m benchmarks.check` (docs/cluster_check.md).
 #SBATCH --job-name=check

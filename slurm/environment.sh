@@ -3,6 +3,8 @@
 #   VENV=DIR                  virtual environment (default: .venv in the project's root, if there is one)
 #   CONDA_ENV=NAME            conda environment instead
 set -euo pipefail
+# shellcheck disable=SC2034  # read by launch.sh, after the change of folder below
+script=$(cd "$(dirname "$0")" && pwd)/${0##*/}
 root=${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 cd "$root"
 

@@ -19,7 +19,7 @@
 set -euo pipefail
 # shellcheck source=slurm/environment.sh
 source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/environment.sh"
-sbatch_value() { sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$0" | head -n 1; }
+sbatch_value() { sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$script" | head -n 1; }
 
 wanted='' given=()
 for argument in "$@"; do

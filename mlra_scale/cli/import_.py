@@ -90,7 +90,7 @@ def _as_text(made: Imported) -> str:
             *(f"  note: {note}" for note in made.notes),
             *_energy_table(made),
             "Next: prepare data with its tokenizer, then train from it",
-            f"  python tools/prepare_data.py --output data/mine --source TEXT --tokenizer {tokenizer}",
+            f"  mlra-scale prepare --output data/mine --source TEXT --tokenizer {tokenizer}",
             f"  python -m mlra_scale.train --preset {PRESETS.get(model.hidden_size, 'gpt2')} --config "
             f"{path}/config.yaml --resume {path} --run-dir runs/continued data.path=data/mine{length}",
         ]

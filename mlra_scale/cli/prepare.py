@@ -217,7 +217,7 @@ def _run(options: argparse.Namespace) -> int:
     chosen = f"--config {options.output / MIXTURE_NAME}"
     if options.mixture is None:
         chosen = f"data.path={options.output} model.vocab_size={manifests[0].tokenizer.vocabulary_size}"
-    print(f"  python -m mlra_scale.train --preset laptop --run-dir runs/first {chosen}")
+    print(f"  mlra-scale train --preset laptop --run-dir runs/{options.output.name} {chosen}")
     return 0
 
 

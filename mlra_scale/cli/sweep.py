@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(plan_text(sweep, chosen, options.jobs))
         return 0
-    return run_cells(sweep, chosen, options.jobs, ["tools/sweep.py", *options.arguments])
+    return run_cells(sweep, chosen, options.jobs, ["mlra-scale", "sweep", *options.arguments])
 
 
 def _choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:

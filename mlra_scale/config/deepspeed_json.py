@@ -93,7 +93,7 @@ _SECTIONS: dict[str, dict[str, dict[str, str]]] = {
             _NO_EXPERTS: "expert_parallel use_data_before_expert_parallelism",
             _NVME: "aio",
             _DEEP_COMPILE: "compile",
-            "it starts runs of its own; tools/plan.py chooses a layout": "autotuning",
+            "it starts runs of its own; mlra-scale plan chooses a layout": "autotuning",
             "it is for generation inside training": "hybrid_engine",
             "it is for inference": "weight_quantization",
             "without it ranks would keep different weights": "disable_allgather",

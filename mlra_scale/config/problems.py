@@ -50,6 +50,9 @@ class ConfigError(InputError, ValueError):
         return "; ".join(str(problem) for problem in self.problems)
 
 
+_MOST_NAMES = 3
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" for the known name closest to `name`, or all known names if none is close."""
     names = sorted(known)
@@ -57,6 +60,30 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def unknown_key(name: str, owner: type[BaseModel] | None) -> str:
+    """Returns what is wrong with a name that is no field of a model: what is probably meant, or all its fields."""
+    if owner is None:
+        return f"unknown key '{name}'"
+    fields = {**dict.fromkeys(owner.model_fields), **dict.fromkeys(_fields_of_sections(owner))}
+    for is_alike in (str.__eq__, _is_short_for):
+        if found := [field for field in fields if is_alike(name, field.rpartition(".")[2])]:
+            return f"unknown key '{name}'; did you mean {' or '.join(map(repr, found[:_MOST_NAMES]))}?"
+    return f"unknown key '{name}'{nearest(name, owner.model_fields)}"
+
+
+def _is_short_for(name: str, field: str) -> bool:
+    """Returns whether a field has the words of a name, which may be cut short, or their initials as in lr."""
+    words, rest = name.split("_"), iter(field.split("_"))
+    has_words = all(word and any(each.startswith(word) for each in rest) for word in words)
+    return has_words or (len(words) > 1 and field == "".join(word[:1] for word in words))
+
+
+def _fields_of_sections(model: type[BaseModel]) -> list[str]:
+    """Returns the dotted names of the fields of a model's sections."""
+    sections = {name: model_at(model, [name]) for name in model.model_fields}
+    return [f"{name}.{field}" for name, section in sections.items() if section for field in section.model_fields]
 
 
 def replacement(name: str, owner: type[BaseModel] | None) -> str | None:
@@ -121,7 +148,7 @@ def _remedy(error: Any, model: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
         owner, name = model_at(model, error["loc"][:-1]), str(error["loc"][-1])
-        return replacement(name, owner) or "unknown key" + nearest(name, owner.model_fields if owner else ())
+        return replacement(name, owner) or unknown_key(name, owner)
     if kind == "missing":
         return REQUIRED
     if kind in _WANTED:

@@ -30,7 +30,7 @@ class DataConfig(Section):
     """Which tokens are read, and how they are cut into samples."""
 
     path: Text | None = None
-    """Folder made by tools/prepare_data.py, or a Megatron prefix (PREFIX.bin, PREFIX.idx)."""
+    """Folder made by mlra-scale prepare, or a Megatron prefix (PREFIX.bin, PREFIX.idx)."""
     blend: dict[Text, Positive] | None = None
     """Several data sets instead of path: {path: weight}; weights are relative."""
     validation_path: Text | None = None
@@ -141,7 +141,7 @@ class EvaluationConfig(Section):
     """Global batches per evaluation."""
     tasks: tuple[Text, ...] = Field((), strict=False)
     """What is measured at every checkpoint (docs/evaluation.md): the perplexity of texts (files, folders, globs,
-    folders made by tools/prepare_data.py, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub;
+    folders made by mlra-scale prepare, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub;
     with a name of yours: NAME=SOURCE), and tasks of lm-evaluation-harness (harness:NAME, or harness:FILE.yaml)."""
     task_stride: int | None = Field(None, ge=1)
     """Distance of the windows of train.sequence_length tokens in which texts are scored; null: half a window."""

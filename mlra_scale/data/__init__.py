@@ -1,6 +1,6 @@
 """Data: text to Megatron indexed data sets (prepare), and from them to batches in a stateless order (open_datasets).
 
-All names but `DataError` are loaded on first use: the worker processes of tools/prepare_data.py import this package to
+All names but `DataError` are loaded on first use: the worker processes of mlra-scale prepare import this package to
 tokenize only, and torch and Megatron would cost each of them several seconds and hundreds of MB.
 """
 

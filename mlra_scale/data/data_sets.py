@@ -115,7 +115,7 @@ def find_data(config: Config) -> FoundData:
     if not named and data.path is not None:
         named = {"data.path": data.path}
     if not named:
-        problem = Problem("data.path", None, "no data: name a folder made by tools/prepare_data.py")
+        problem = Problem("data.path", None, "no data: name a folder made by mlra-scale prepare")
         return FoundData(data, [], None, (problem,))
     if data.validation_path is not None:
         named["data.validation_path"] = data.validation_path
@@ -144,7 +144,7 @@ def _find_data_set(field: str, path: str, data: DataConfig) -> DataSet:
         }
         return DataSet(field, path, manifest, splits)
     if not folder.parent.is_dir() or not (Path(f"{path}.idx").exists() or Path(f"{path}.bin").exists()):
-        raise DataError(f"{path} is neither a folder made by tools/prepare_data.py nor a Megatron prefix (PREFIX.bin)")
+        raise DataError(f"{path} is neither a folder made by mlra-scale prepare nor a Megatron prefix (PREFIX.bin)")
     files, cache = open_indexed(path), Path(f"{path}.cache")
     border = end = len(files.sequence_lengths)
     if field == "data.validation_path":

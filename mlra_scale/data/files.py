@@ -13,8 +13,9 @@ from mlra_scale.config.json_text import printable
 from mlra_scale.data import DataError
 
 # Kinds whose files may be compressed as a whole; .parquet compresses its own pages.
-_STREAMS = (".txt", ".jsonl", ".json")
-KNOWN_KINDS = ".txt, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
+_STREAMS = {".txt": ".txt", ".md": ".txt", ".jsonl": ".jsonl", ".json": ".json"}
+"""Kinds by the endings of names."""
+KNOWN_KINDS = ".txt, .md, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
 BEYOND = "beyond --max-bytes"
 """Reason why a file after the cap is not read."""
 _NUM_NAMES = 10
@@ -50,12 +51,12 @@ def file_counts(read: int, without_documents: Sequence[str], not_read: Sequence[
 
 
 def kind_of(path: Path) -> str | None:
-    """Returns how a file is read: ".txt", ".jsonl", ".json" or ".parquet"; None if the kind is not known."""
+    """Returns how a file is read: ".txt" (.md too), ".jsonl", ".json" or ".parquet"; None if the kind is not known."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         return ".parquet"
     stem = name.removesuffix(compression_of(path))
-    return next((kind for kind in _STREAMS if stem.endswith(kind)), None)
+    return next((kind for ending, kind in _STREAMS.items() if stem.endswith(ending)), None)
 
 
 def compression_of(path: Path) -> str:

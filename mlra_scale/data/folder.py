@@ -95,7 +95,7 @@ def notices_of(manifest: Manifest) -> list[str]:
         return []
     return [
         f"{manifest.folder} was prepared by an earlier version: what is read of .bin files of more than "
-        f"{WHOLE_BYTES // 10**6} MB is not checked; python tools/prepare_data.py --verify {manifest.folder} "
+        f"{WHOLE_BYTES // 10**6} MB is not checked; mlra-scale prepare --verify {manifest.folder} "
         "checks all of it and adds the hashes for that"
     ]
 

@@ -95,7 +95,7 @@ class _Source(_Entry):
 
 
 class Manifest(_Entry):
-    """The manifest of a folder made by tools/prepare_data.py, the entries that are not read here included.
+    """The manifest of a folder made by mlra-scale prepare, the entries that are not read here included.
 
     Attributes:
         folder: The folder.
@@ -207,13 +207,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise DataError(f"{folder} has no {MANIFEST_NAME}: it was not made, or not finished, by tools/prepare_data.py")
+        raise DataError(f"{folder} has no {MANIFEST_NAME}: it was not made, or not finished, by mlra-scale prepare")
     try:
         content = read_json(path)
     except ValueError as error:
         raise DataError(f"{error}; copy it again, or prepare the data again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path} is not a manifest of tools/prepare_data.py")
+        raise DataError(f"{path} is not a manifest of mlra-scale prepare")
     version = content.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise DataError(

@@ -10,7 +10,7 @@
       weight: 3
       sources: [code.parquet]
 
-An entry of `sources` is a source as tools/prepare_data.py --source has it, or a mapping with `source` and, as needed,
+An entry of `sources` is a source as mlra-scale prepare --source has it, or a mapping with `source` and, as needed,
 `field`, `split` and `config_name`.
 """
 

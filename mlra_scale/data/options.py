@@ -11,7 +11,7 @@ from mlra_scale.data.mixture import Component
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare; `tools/prepare_data.py --help` describes the fields that are its flags.
+    """What to prepare; `mlra-scale prepare --help` describes the fields that are its flags.
 
     Attributes:
         output: Folder to make.

@@ -90,7 +90,7 @@ class Perplexity:
         return self.negative_log_likelihood / math.log(2.0) / self.num_bytes if self.num_bytes else math.nan
 
     def figures(self) -> dict[str, float]:
-        """Returns the sums and the measures under the names of `tools/evaluate.py --json` and of the record."""
+        """Returns the sums and the measures under the names of `mlra-scale evaluate --json` and of the record."""
         return {
             "documents": self.num_documents,
             "tokens_scored": self.num_tokens,

@@ -86,7 +86,7 @@ def documents_of_sources(
     Each must be read before the next one is requested.
 
     Args:
-        names: Sources as of tools/prepare_data.py: files, folders, globs, python-docs, hf:NAME.
+        names: Sources as of mlra-scale prepare: files, folders, globs, python-docs, hf:NAME.
         encoder: Makes the pieces, up to its limit.
         field: Field or column of the text, for files that have fields.
         split: Split of Hugging Face data sets.

@@ -46,7 +46,7 @@ def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
 
 
 def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Reads the beginning of a text (sources as of tools/prepare_data.py), its documents joined as in training.
+    """Reads the beginning of a text (sources as of mlra-scale prepare), its documents joined as in training.
 
     About `num_tokens` tokens are read, at least one sequence; a text shorter than `length` gives one shorter sequence.
 

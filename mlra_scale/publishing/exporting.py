@@ -43,7 +43,7 @@ class ExportRequest:
         output: The folder to make.
         dtype: Type of the written weights, a name of DTYPES.
         tokenizer: Folder or name of another tokenizer than the checkpoint's copy.
-        text: Text to verify on, a source as of tools/prepare_data.py; None: the run's validation data.
+        text: Text to verify on, a source as of mlra-scale prepare; None: the run's validation data.
         num_tokens: About how many tokens to verify on.
         is_verified: Whether the folder is compared with the checkpoint.
         has_checksums: Whether the checkpoint's files are compared with their checksums first.

@@ -380,13 +380,8 @@ class MlraModel(MlraPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         embedded_BSD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embedded_BSD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By position: transformers 5.24 has renamed past_key_values to cache.
+        mask = create_causal_mask(self.config, embedded_BSD, attention_mask, past_key_values, position_ids)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = _default_positions(embedded_BSD, attention_mask, past)

@@ -33,7 +33,7 @@ from mlra_scale.stability.moments import (
 )
 from mlra_scale.stability.watcher import Step, Watcher, is_due
 
-if TYPE_CHECKING:  # the plain function and tools/tev.py do without the libraries behind these
+if TYPE_CHECKING:  # the plain function and mlra-scale tev do without the libraries behind these
     from mlra_scale.config import Config, TevConfig
     from mlra_scale.model.parameters import ParameterTable
     from mlra_scale.parallel import Engine, StepResult

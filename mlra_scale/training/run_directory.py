@@ -13,7 +13,7 @@ logs/            of a cluster job: console.log, and per attempt a log and stacks
 wandb/           wandb's files and the run's stable id
 tensorboard/     event files of TensorBoard
 profile/         traces of torch.profiler
-report/          what tools/report.py writes
+report/          what mlra-scale report writes
 exported/        the last checkpoint in Hugging Face's format (export.format)
 checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
 """

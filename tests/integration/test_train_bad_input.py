@@ -61,7 +61,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "config file": ([*DEBUG, "--config", "c.yaml"], 1, ["'steps' is given twice"]),
     "deepspeed file": ([*DEBUG, "--ds-config", "ds.json"], 1, ["--ds-config", "not valid JSON"]),
     "file that is not there": ([*DEBUG, "--ds-config", "none.json"], 1, ["--ds-config", "cannot be read: No such"]),
-    "no data": ([*DEBUG, "data.path=null"], 1, ["data.path", "tools/prepare_data.py"]),
+    "no data": ([*DEBUG, "data.path=null"], 1, ["data.path", "mlra-scale prepare"]),
     "missing data": ([*DEBUG, "data.path=nowhere"], 1, ["data.path", "nowhere"]),
     "vocabulary": ([*DEBUG, "model.vocab_size=500"], 1, ["model.vocab_size", "512"]),
     "resume from nothing": ([*DEBUG, "--resume", "gone"], 1, ["--resume", "gone"]),

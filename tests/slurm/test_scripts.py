@@ -36,9 +36,13 @@ def directive(path: Path, name: str) -> str:
 
 def dry_run(path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The plan, as a user sees it before submitting."""
+    return dry_run_in(ROOT, path, *arguments, **variables)
+
+
+def dry_run_in(folder: Path, path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(path), *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env={**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables},
         capture_output=True,
         text=True,
@@ -91,6 +95,12 @@ def test_a_manual_layout_of_a_file_stays(tmp_path: Path) -> None:
     result = dry_run(FOLDER / "train_mlra_72L.sh", "--dry-run", "--config", str(file))
     assert result.returncode == 0, result.stderr
     assert "chosen by the planner" not in result.stdout and "tensor 8 x pipeline 1 x data 4" in result.stdout
+
+
+def test_a_file_may_be_named_by_a_path_from_anywhere() -> None:
+    result = dry_run_in(ROOT.parent, Path(ROOT.name) / "slurm" / "train_mlra_72L.sh", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "" and "32 rank(s)" in result.stdout, "nodes and GPUs are those of the file"
 
 
 def numbers_of(path: Path, pattern: str) -> list[int]:

@@ -145,7 +145,7 @@ def _reason_to_drop_post_processor(
     else:
         raise CheckpointError(
             f"the tokenizer of {source} has a post-processor ({added}), and nothing says whether training applied "
-            "it: the data were not made by tools/prepare_data.py, and none of their text was compared; verify on "
+            "it: the data were not made by mlra-scale prepare, and none of their text was compared; verify on "
             "the run's validation data (without --text and --no-verify) or, where the training text has none of "
             "these tokens, name a copy of the tokenizer without its post-processor (--tokenizer)"
         )

@@ -79,7 +79,9 @@ def _step(step: int, total_steps: int) -> str:
 
 
 def _tev(record: Mapping[str, Any]) -> str:
-    return f"TEV {record['tev_mean']:.5f} +- {record['tev_std']:.5f}"
+    step = record.get("tev_step", record["step"])
+    earlier = "" if step == record["step"] else f" (of step {step})"
+    return f"TEV {record['tev_mean']:.5f} +- {record['tev_std']:.5f}{earlier}"
 
 
 def summary_of(

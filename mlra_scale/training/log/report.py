@@ -220,7 +220,8 @@ class Report:
         step, total = record["step"], self._total_steps
         self._records.append(record)
         self._send(step, _without_lists(sent))
-        self._last_tev |= {key: value for key, value in values.items() if key in ("tev_mean", "tev_std")}
+        if "tev_mean" in values:
+            self._last_tev = {"tev_mean": values["tev_mean"], "tev_std": values["tev_std"], "tev_step": step}
         if "loss" in values:
             elapsed, done = time.perf_counter() - self._started, step - self._run.resume.progress.step
             remaining = elapsed / done * (total - step) if done > 0 else None

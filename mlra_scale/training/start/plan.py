@@ -313,7 +313,7 @@ def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: L
         f"GB that a rank sends per step: {sent}",
         *wrap(comparison, 112),
         *wrap(f"({cluster.source})", 112, subsequent_indent=" "),
-        "(formulas: mlra_scale/planning/step_time.py; other layouts and clusters: python tools/plan.py)",
+        "(formulas: mlra_scale/planning/step_time.py; other layouts and clusters: mlra-scale plan)",
     ]
 
 

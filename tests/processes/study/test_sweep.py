@@ -413,7 +413,7 @@ def test_the_tool_runs_one_cell_or_some(tmp_path: Path) -> None:
     assert run_tool("sweep", *start, "--cell", "mlra-seed1").stdout.startswith("played: 0 of 1 cells to do")
     some = run_tool("sweep", *start, "--only", "dense-*", "--jobs", 2)
     assert some.code == 1 and list(played.results()) == ["dense-seed1", "mlra-seed1", "dense-seed3"]
-    assert json.loads(played.output.about.read_text())["command"][:2] == ["tools/sweep.py", str(played.file)]
+    assert json.loads(played.output.about.read_text())["command"][:3] == ["mlra-scale", "sweep", str(played.file)]
     for arguments, message in (
         (("--cell", 4), "--cell = '4': is no cell of this study; the indices are 0 to 3"),
         (("--cell", "mlra-seed2"), "did you mean 'mlra-seed3'?"),

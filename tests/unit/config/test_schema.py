@@ -93,7 +93,10 @@ def test_wrong_items_are_named_by_their_place() -> None:
 @pytest.mark.parametrize(
     ("rule", "problem"),
     [
-        ({"knid": "factor", "weight_decay": 0}, "optim.rules.1.knid = 'factor': unknown key; did you mean 'kind'?"),
+        (
+            {"knid": "factor", "weight_decay": 0},
+            "optim.rules.1.knid = 'factor': unknown key 'knid'; did you mean 'kind'?",
+        ),
         ({"kind": "factors", "weight_decay": 0}, "optim.rules.1.kind = 'factors': must be one of embedding, positions"),
         ({"names": "", "weight_decay": 0}, "optim.rules.1.names = '': must not be empty"),
         ({"weight_decay": 0}, "optim.rules.1 = {'weight_decay': 0}: must name its parameters by names or by kind"),

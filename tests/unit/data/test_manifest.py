@@ -17,7 +17,7 @@ from mlra_scale.data.prepare import prepare
 from mlra_scale.data.sources import SourceName
 
 SUM = "0123456789abcdef" * 4
-NOT_READ = [NotRead(f"in/{i}.md", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
+NOT_READ = [NotRead(f"in/{i}.csv", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
 
 
 def content() -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_the_lines_of_a_summary(tmp_path: Path) -> None:
     assert lines[3] == "  tokenizer   t: 9 tokens, documents end with <end> = 0, 2.00 bytes per token"
     assert lines[4:-1] == [
         "  files       4 of 17 read of in",
-        "  not read    12 of no known kind: in/0.md, in/1.md, in/2.md and 9 more",
+        "  not read    12 of no known kind: in/0.csv, in/1.csv, in/2.csv and 9 more",
         "  not read    1 hidden: in/.git",
         "  note        1 read without any document: in/a.jsonl",
         "  left out    3 empty documents",
@@ -80,13 +80,13 @@ def test_names_that_are_no_text_are_recorded_so_that_they_can_be_printed(tmp_pat
     source = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
     source.mkdir()
     (source / "a.jsonl").write_text('{"text": "one text and another"}\n' * 40)
-    (source / os.fsdecode(b"\xe9.md")).touch()
+    (source / os.fsdecode(b"\xe9.csv")).touch()
     components = [Component("", [SourceName(str(source))])]
     options = PrepareOptions(tmp_path / "set", components, train_bpe=280, validation_fraction=0.2, progress=False)
     printed = f"{tmp_path}/caf\\udce9 \\x1b[31m \u00e4"
     assert summary(prepare(options)[0])[4:6] == [
         f"  files       1 of 2 read of {printed}",
-        f"  not read    1 of no known kind: {printed}/\\udce9.md",
+        f"  not read    1 of no known kind: {printed}/\\udce9.csv",
     ]
 
 

@@ -207,7 +207,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "was not made, or not finished, by"),
     "manifest is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
-    "foreign manifest": (lambda d: (d / "manifest.json").write_text("{}"), "is not a manifest of tools/prepare_data"),
+    "foreign manifest": (lambda d: (d / "manifest.json").write_text("{}"), "is not a manifest of mlra-scale prepare"),
     "no train.bin": (lambda d: (d / "train.bin").unlink(), "train.bin does not exist"),
     "no validation.idx": (lambda d: (d / "validation.idx").unlink(), "validation.idx does not exist"),
     "short train.bin": (lambda d: (d / "train.bin").write_bytes(b"12345678"), "train.bin is truncated"),
@@ -235,7 +235,7 @@ def test_missing_data_are_refused(tmp_path: Path, bare: Path) -> None:
         file = Path(f"{bare}.{suffix}").rename(tmp_path / "aside")
         assert f"bare.{suffix} does not exist" in problems(bare)
         file.rename(f"{bare}.{suffix}")
-    assert "neither a folder made by tools/prepare_data.py nor" in problems(tmp_path / "none")
+    assert "neither a folder made by mlra-scale prepare nor" in problems(tmp_path / "none")
     assert "no data: name a folder" in problems(None)
     assert "was not made, or not finished" in problems(tmp_path)
 

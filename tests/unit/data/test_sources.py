@@ -78,7 +78,7 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "deep" / "c.jsonl.gz", ["c"])
     write_parquet(tmp_path / "in" / "d.parquet", ["d"])
     (tmp_path / "in" / "a.txt").write_text("a")
-    (tmp_path / "in" / "readme.md").write_text("no")
+    (tmp_path / "in" / "readme.html").write_text("no")
     (tmp_path / "in" / ".hidden" / "e.txt").write_text("no")
     assert read(tmp_path / "in") == ["a", "b", "d", "c"]
     assert read(tmp_path / "in" / "*.jsonl") == ["b"]
@@ -94,12 +94,12 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
         [],
         [
             NotRead(str(tmp_path / "in" / ".hidden"), "hidden"),
-            NotRead(str(tmp_path / "in" / "readme.md"), "of no known kind"),
+            NotRead(str(tmp_path / "in" / "readme.html"), "of no known kind"),
         ],
     )
 
 
-@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.zst", "a.md", "a.md.gz"])
 def test_every_way_to_write_text_with_and_without_a_byte_order_mark(tmp_path: Path, name: str) -> None:
     content = TEXTS[1].encode() * 50_000  # several stretches, with characters across their borders
     for mark in (b"", b"\xef\xbb\xbf"):
@@ -167,13 +167,13 @@ def test_files_without_documents_and_beyond_the_end_are_counted(tmp_path: Path) 
 
 def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.md").write_text("text")
+    (tmp_path / "a.html").write_text("text")
     (tmp_path / "a.txt").write_text("text")
     for names, message in (
         ([tmp_path / "none.jsonl"], r"none.jsonl does not exist; a Hugging Face data set is written hf:NAME"),
         ([tmp_path / "*.jsonl"], "does not exist"),
         ([tmp_path / "empty"], "holds no file of a known kind"),
-        ([tmp_path / "a.md"], "of no known kind"),
+        ([tmp_path / "a.html"], "of no known kind"),
         ([tmp_path / "a.txt", tmp_path], "belongs to two sources"),
         (["python-docs", "python-docs"], "named twice"),
     ):

@@ -52,10 +52,10 @@ def test_files_lines_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "c.txt").write_text("")
     encoder = PieceEncoder(tokenizer())
     assert len(list(next(documents_of_sources([str(tmp_path / "a.txt")], encoder)))) > 5
-    (tmp_path / "d.md").write_text("of no known kind")
+    (tmp_path / "d.csv").write_text("of no known kind")
     notes: list[str] = []
     list(documents_of_sources([str(tmp_path)], PieceEncoder(tokenizer(), 0), note=notes.append))
-    assert notes == [f"{tmp_path}: 1 not read, of no known kind: {tmp_path / 'd.md'}"]
+    assert notes == [f"{tmp_path}: 1 not read, of no known kind: {tmp_path / 'd.csv'}"]
     assert gathered(documents_of_sources([str(tmp_path)], encoder)) == [
         expected("\r\n" + story),
         *map(expected, TEXT.splitlines()),

@@ -89,6 +89,17 @@ def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
     assert changes(longer) == {"train.steps": (40, 60)} and longer.config.optim.warmup_steps == 5
 
 
+def test_a_preset_does_not_change_who_watches_the_run() -> None:
+    """A run that was kept off wandb stays so when its first command is repeated with the preset alone."""
+    was = ["wandb.mode=disabled", "wandb.project=mine", "tensorboard.enabled=true"]
+    assert compared(was, []).changes == []
+    assert compared(was, []).config == load_config("debug", overrides=[*WITH_DATA, *was])
+    for file in (frozenset[str](), frozenset({"wandb.mode"})):
+        result = compared(was, ["wandb.mode=online"], file)
+        assert result.problems == [] and changes(result) == {"wandb.mode": ("disabled", "online")}
+        assert result.config.wandb.project == "mine" and result.config.tensorboard.enabled
+
+
 def test_a_file_cannot_change_the_run_by_itself() -> None:
     file = frozenset({"optim.lr", "train.steps"})
     result = compared([], ["optim.lr=1e-4", "train.steps=40", "tev.every=1"], file)

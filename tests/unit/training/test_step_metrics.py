@@ -113,6 +113,7 @@ def test_lines() -> None:
     full["loss_mean"] = 6.3  # of the steps since the last line
     for part in ("loss 6.3000", "MFU 34.5 %", "TEV 0.02000 +- 0.00100", "scale 65536", "overflow"):
         assert part in train_line(full, 100, 1.0, None)
+    assert "TEV 0.02000 +- 0.00100 (of step 5) |" in train_line({**full, "tev_step": 5}, 100, 1.0, None)
     evaluation = {"step": 7, "validation_loss": 5.0, "validation_perplexity": 148.41}
     assert validation_line(evaluation, 100) == "step   7/100 | validation loss 5.0000 | perplexity 148.4"
     assert [duration(seconds) for seconds in (0.4, 59.6, 3600.0, 90061.0)] == ["0:00", "1:00", "1:00:00", "25:01:01"]
