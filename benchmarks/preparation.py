@@ -6,8 +6,7 @@ The text is source code: .py files below a folder (default: the installed packag
 Both use the same BPE. `tokenizers` has the texts in memory, encodes a thousand at once with so many threads, and throws
 the tokens away; only that is timed. The preparation does all of its work in that time: it imports its libraries, starts
 its processes, reads and parses, splits, appends the ends of documents, writes, forms checksums and waits for the disk.
-Its tokenizer remembers more words than the library's does by itself. The last table is CPU time: how many workers the
-main process could feed if it did nothing but that.
+The last table is CPU time: how many workers the main process could feed if it did nothing but that.
 """
 
 import json

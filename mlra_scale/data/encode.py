@@ -32,8 +32,6 @@ from mlra_scale.data.tally import Place
 _CHUNK_BYTES = 1 << 20
 _CHUNK_PORTIONS = 512
 _CHUNKS_PER_WORKER = 4
-_CACHED_WORDS = 1 << 18
-"""Words whose tokens a tokenizer remembers: some 50 MB per process at most. Its own limit of 10,000 is soon full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +81,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer_json: str, end_of_document: int, dtype: str) -> None:
-        from tokenizers import Tokenizer, models
+        from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         # Text that spells a special token is text; see load_tokenizer. (The file format does not carry this setting.)
         self._tokenizer.encode_special_tokens = True
-        if isinstance(self._tokenizer.model, models.BPE | models.Unigram):
-            self._tokenizer.model._resize_cache(_CACHED_WORDS)
         self._end = end_of_document
         self._dtype = np.dtype(dtype)
 
