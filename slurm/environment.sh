@@ -3,6 +3,7 @@
 #   VENV=DIR                  virtual environment (default: .venv in the project's root, if there is one)
 #   CONDA_ENV=NAME            conda environment instead
 set -euo pipefail
+unset CDPATH  # with it, cd prints where it goes
 # shellcheck disable=SC2034  # read by launch.sh, after the change of folder below
 script=$(cd "$(dirname "$0")" && pwd)/${0##*/}
 root=${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}

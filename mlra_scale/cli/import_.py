@@ -91,7 +91,7 @@ def _as_text(made: Imported) -> str:
             *_energy_table(made),
             "Next: prepare data with its tokenizer, then train from it",
             f"  mlra-scale prepare --output data/mine --source TEXT --tokenizer {tokenizer}",
-            f"  python -m mlra_scale.train --preset {PRESETS.get(model.hidden_size, 'gpt2')} --config "
+            f"  mlra-scale train --preset {PRESETS.get(model.hidden_size, 'gpt2')} --config "
             f"{path}/config.yaml --resume {path} --run-dir runs/continued data.path=data/mine{length}",
         ]
     )

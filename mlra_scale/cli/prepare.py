@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import sys
 import time
 from functools import partial
@@ -214,10 +215,11 @@ def _run(options: argparse.Namespace) -> int:
     workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
     print(f"  made in     {time.monotonic() - started:.1f} s with {workers}")
     print("Next: train on it with")
-    chosen = f"--config {options.output / MIXTURE_NAME}"
+    chosen = ["--config", str(options.output / MIXTURE_NAME)]
     if options.mixture is None:
-        chosen = f"data.path={options.output} model.vocab_size={manifests[0].tokenizer.vocabulary_size}"
-    print(f"  mlra-scale train --preset laptop --run-dir runs/{options.output.name} {chosen}")
+        chosen = [f"data.path={options.output}", f"model.vocab_size={manifests[0].tokenizer.vocabulary_size}"]
+    run = f"runs/{options.output.resolve().name or 'first'}"
+    print("  " + shlex.join(["mlra-scale", "train", "--preset", "laptop", "--run-dir", run, *chosen]))
     return 0
 
 

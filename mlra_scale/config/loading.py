@@ -14,7 +14,16 @@ from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.deepspeed_json import check_deepspeed_keys
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.presets import preset_names, preset_values
-from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, problems_of, replacement, unknown_key
+from mlra_scale.config.problems import (
+    REQUIRED,
+    ConfigError,
+    Problem,
+    model_at,
+    nearest,
+    problems_of,
+    replacement,
+    unknown_key,
+)
 from mlra_scale.config.schema import Config
 
 
@@ -232,7 +241,8 @@ def _split_path(path: str) -> list[str]:
     if section == "preset":
         raise ValueError("a preset is where values start from, not an override; use --preset")
     if section not in Config.model_fields:
-        raise ValueError(unknown_key(section, Config))
+        near = nearest(section, Config.model_fields)
+        raise ValueError(f"unknown key '{section}'{near}" if inner else unknown_key(section, Config))
     model = model_at(Config, [section])
     if model is None:  # deepspeed, whose keys are checked as a whole
         return [section, *inner]
@@ -240,7 +250,7 @@ def _split_path(path: str) -> list[str]:
         raise ValueError(f"is a section; set one of its fields: {', '.join(model.model_fields)}")
     field, *rest = inner
     if field not in model.model_fields:
-        raise ValueError(replacement(field, model) or unknown_key(field, model))
+        raise ValueError(replacement(field, model) or unknown_key(field, model, Config))
     if not rest:
         return [section, field]
     if field != "blend":

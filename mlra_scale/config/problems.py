@@ -62,22 +62,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def unknown_key(name: str, owner: type[BaseModel] | None) -> str:
-    """Returns what is wrong with a name that is no field of a model: what is probably meant, or all its fields."""
+def unknown_key(name: str, owner: type[BaseModel] | None, whole: type[BaseModel] | None = None) -> str:
+    """Returns what is wrong with a name that is no field of a model: what is probably meant, or all its fields.
+
+    Args:
+        name: The name.
+        owner: The model, or what has no fields.
+        whole: The model of which `owner` is a part: the name may be that of a field elsewhere in it.
+    """
+    unknown, wanted = f"unknown key '{name}'", name.lower()
     if owner is None:
-        return f"unknown key '{name}'"
+        return unknown
     fields = {**dict.fromkeys(owner.model_fields), **dict.fromkeys(_fields_of_sections(owner))}
-    for is_alike in (str.__eq__, _is_short_for):
-        if found := [field for field in fields if is_alike(name, field.rpartition(".")[2])]:
-            return f"unknown key '{name}'; did you mean {' or '.join(map(repr, found[:_MOST_NAMES]))}?"
-    return f"unknown key '{name}'{nearest(name, owner.model_fields)}"
+    elsewhere = [] if whole is None or whole is owner else _fields_of_sections(whole)
+    for known, is_alike in ((fields, str.__eq__), (fields, _are_alike), (elsewhere, str.__eq__)):
+        if found := [repr(field) for field in known if is_alike(wanted, field.rpartition(".")[2])]:
+            more = f" or {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+            return f"{unknown}; did you mean {' or '.join(found[:_MOST_NAMES])}{more}?"
+    return f"{unknown}{nearest(name, owner.model_fields)}"
 
 
-def _is_short_for(name: str, field: str) -> bool:
-    """Returns whether a field has the words of a name, which may be cut short, or their initials as in lr."""
-    words, rest = name.split("_"), iter(field.split("_"))
+def _are_alike(name: str, field: str) -> bool:
+    """Returns whether one is short for the other: attention_rank and rank, learning_rate and lr."""
+    return len(name) > 1 and (_is_short_for(name, field) or _is_short_for(field, name))
+
+
+def _is_short_for(short: str, name: str) -> bool:
+    """Returns whether a name has the words of another, which may be cut short, or is that of its initials."""
+    words, rest = short.split("_"), iter(name.split("_"))
     has_words = all(word and any(each.startswith(word) for each in rest) for word in words)
-    return has_words or (len(words) > 1 and field == "".join(word[:1] for word in words))
+    return has_words or ("_" in name and short == "".join(word[:1] for word in name.split("_")))
 
 
 def _fields_of_sections(model: type[BaseModel]) -> list[str]:
@@ -148,7 +162,7 @@ def _remedy(error: Any, model: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
         owner, name = model_at(model, error["loc"][:-1]), str(error["loc"][-1])
-        return replacement(name, owner) or unknown_key(name, owner)
+        return replacement(name, owner) or unknown_key(name, owner, model)
     if kind == "missing":
         return REQUIRED
     if kind in _WANTED:

@@ -17,7 +17,7 @@ class TextTask:
 
     Attributes:
         name: Names its figures in the record; unique in a run.
-        source: Files, a folder, a glob or hf:NAME, as of mlra-scale prepare; or a folder that this tool made.
+        source: Files, a folder, a glob or hf:NAME, as of mlra-scale prepare; or a folder that it made.
         field: Field or column that holds the text.
         split: Split of a Hugging Face data set.
         config_name: Configuration of a Hugging Face data set.

@@ -16,6 +16,7 @@ from mlra_scale.data import DataError
 _STREAMS = {".txt": ".txt", ".md": ".txt", ".jsonl": ".jsonl", ".json": ".json"}
 """Kinds by the endings of names."""
 KNOWN_KINDS = ".txt, .md, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
+_NOTES = "Markdown beside files of data; name it to have it read"
 BEYOND = "beyond --max-bytes"
 """Reason why a file after the cap is not read."""
 _NUM_NAMES = 10
@@ -87,6 +88,10 @@ def find_files(name: str) -> tuple[list[Path], list[NotRead]]:
                 "the embedded corpus python-docs"
             )
         files = _sort_out({file for root in roots for file in _search(root, tail, not_read)}, not_read)
+        if any(kind_of(file) != ".txt" for file in files):
+            notes = [file for file in files if file.name.lower().removesuffix(compression_of(file)).endswith(".md")]
+            not_read |= {NotRead(str(file), _NOTES) for file in notes}
+            files = [file for file in files if file not in notes]
     except OSError as error:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
     if not files:

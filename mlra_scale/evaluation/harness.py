@@ -59,7 +59,7 @@ def _file_problem(path: Path) -> str | None:
         root = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         return f"{path} cannot be read as YAML: {' '.join(str(error).split())}"
-    keys = {key.value for key, _ in root.value} if isinstance(root, MappingNode) else set()
+    keys = {str(key.value) for key, _ in root.value} if isinstance(root, MappingNode) else set()
     if keys & {"task", "group", "include"}:
         return None
     return f"{path} is no YAML file of a task: it has neither `task` nor `group` nor `include`"

@@ -20,8 +20,8 @@ def rounds_of(
 ) -> list[dict[int, int]]:
     """Deals matrices among ranks, at most one to each rank in a round.
 
-    A matrix goes to a rank that holds it, or most of it, as far as the ranks' work stays alike: the largest matrix of
-    each round is as small as in a deal that does not look at who holds what.
+    A matrix goes to a rank that holds it, or at least half as much of it as any other, as far as the ranks' work stays
+    alike: the largest matrix of each round is as small as in a deal that does not look at who holds what.
 
     Args:
         shapes: Rows and columns of the matrices, in any order that all ranks share.
@@ -40,9 +40,12 @@ def rounds_of(
         indices, others = list(equals), list[int]()
         num_dealt += len(indices)
         most = -(-num_dealt // num_ranks)  # no rank has more matrices of so much work
+        if holders:  # first those that one rank holds alone
+            indices.sort(key=lambda index: -max(holders[index].values()))
         for index in indices:
             free = {rank: held for rank, held in holders[index].items() if len(owned[rank]) < most} if holders else {}
-            near = [rank for rank, held in free.items() if 2 * held >= max(free.values())]
+            enough = max(free.values(), default=0.0) / 2
+            near = [rank for rank, held in free.items() if held >= enough]
             if near and len(near) < num_ranks:
                 owned[min(near, key=lambda rank: len(owned[rank]))].append(index)
             else:

@@ -1,8 +1,8 @@
 """Brings whole matrices to one rank each, and parts of the results back, in every layout.
 
 The ranks of a pipeline stage hold parts of its matrices: shards of tensor parallelism, and of these what ZeRO gives a
-data rank. A round is a set of matrices, at most one for each rank of the stage, its owner: a rank that holds it, where
-the work stays alike. Matrices of about the same work are in one round, so that no owner waits long for another; each
+data rank. A round is a set of matrices, at most one for each rank of the stage, its owner: a rank that holds it, as far
+as the work stays alike. Matrices of about the same work are in one round, so that no owner waits long for another; each
 rank keeps one matrix at a time beside its own parts. Every element is sent to the owner once: what several ranks hold
 is sent by the one nearest to it. Nothing is sent in a round whose owners hold their matrices alone.
 """
@@ -184,7 +184,7 @@ class MatrixExchange:
         """Sends what each owner made of its matrix [M, N] back to all who hold parts of it.
 
         Returns:
-            The elements that this rank holds, 1-D, by name: parts of one buffer, which may be the matrix's.
+            The elements that this rank holds, 1-D, by name: parts of one buffer.
         """
         mine = self._owned(turn)
         holders = () if mine is None else mine.holders

@@ -172,9 +172,9 @@ def matrix_traffic(stage: Stage) -> Traffic:
 def _matrix_traffic(matrices: tuple[Matrix, ...], tensor: int, data: int, zero: int, element: int) -> Traffic:
     """Traffic of the matrices of a stage.
 
-    A round has two all-to-alls (parallel/matrix_exchange.py): every matrix goes to its owner, which has a part of it,
-    and what becomes of it goes to all ranks that hold parts; one in which nobody sends is left out. Spectron sums two
-    vectors of all its factors in fp32, of their rows and of their columns.
+    A round has two all-to-alls (parallel/matrix_exchange.py): every matrix goes to its owner, mostly a rank that has a
+    part of it, and what becomes of it goes to all ranks that hold parts; one in which nobody sends is left out.
+    Spectron sums two vectors of all its factors in fp32, of their rows and of their columns.
     """
     ranks = tensor * data
     if ranks == 1 or not matrices:

@@ -2,8 +2,7 @@
 
 Every field of the configuration is in one of three classes.
 
-FREE fields say where and how a run computes (layout, machine, paths of files); a start may change them. Those that say
-where its data lie and who watches it (OF_RUN) are the run's unless the start names them. NAMED fields
+FREE fields say where and how a run computes (layout, machine, paths of files); a start may change them. NAMED fields
 change the run itself. Such a difference counts only if the field is named on the command line: one that comes from a
 preset's default is ignored, and the run keeps its own value; one that comes from the configuration file is refused,
 because an edited file may be a mistake. All other fields are the run's identity (architecture, seeds, sequence length,
@@ -40,8 +39,8 @@ FREE = (
     "tensorboard.",
     "profile.",
 )
-OF_RUN = ("data.validation_path", "data.tokenizer", "wandb.", "tensorboard.", "profile.")
-"""Free fields that a start without them takes from the run, whatever its preset says; data.path and data.blend too."""
+WATCHERS = ("wandb.", "tensorboard.")
+"""Free fields that a run keeps from start to start unless they are named: see `with_watchers_of`."""
 NAMED = (
     "model.embedding_dropout",
     "model.attention_dropout",
@@ -167,7 +166,7 @@ class ConfigComparison:
 def compare(config: Config, named: Named, stored: Config) -> ConfigComparison:
     """Compares the configuration of this start, and what of it was named, with that of the run to be continued."""
     now, was = flat(config.to_dict()), flat(stored.to_dict())
-    _keep_stored(now, was, named)
+    _keep_stored_data(now, was, named)
     changes, problems = [], []
     for name in was:
         if was[name] == now[name] or name == "parallel.named_layout_fields":  # written by the planner
@@ -188,12 +187,24 @@ def compare(config: Config, named: Named, stored: Config) -> ConfigComparison:
     return ConfigComparison(Config.from_dict(nested(now)), changes, problems)
 
 
-def _keep_stored(now: dict[str, Any], was: Mapping[str, Any], named: Named) -> None:
-    """Keeps data and watchers of the run (`was`) where a start (`now`, changed in place) does not name any."""
+def with_watchers_of(own: Config, config: Config, named: Named) -> Config:
+    """Returns a configuration with the watchers of the newest start of its run, but for those that are named.
+
+    A run that was kept off wandb stays so when its first command is repeated, in which only the preset speaks of it.
+    """
+    names, now = named.on_command_line | named.in_file, flat(config.to_dict())
+    was = flat(own.to_dict())
+    now |= {name: value for name, value in was.items() if is_in(WATCHERS, name) and name not in names}
+    return Config.from_dict(nested(now))
+
+
+def _keep_stored_data(now: dict[str, Any], was: Mapping[str, Any], named: Named) -> None:
+    """Keeps the data of the run (`was`) where a start (`now`, changed in place) does not name any."""
     names = named.on_command_line | named.in_file
     if not names & {"data.path", "data.blend"}:
         now["data.path"], now["data.blend"] = was["data.path"], was["data.blend"]
-    now |= {name: value for name, value in was.items() if is_in(OF_RUN, name) and name not in names}
+    for name in {"data.validation_path", "data.tokenizer"} - names:
+        now[name] = was[name]
 
 
 def compare_model(config: Config, stored: ModelConfig) -> list[Problem]:

@@ -31,6 +31,7 @@ from mlra_scale.training.resume import (
     compare_model,
     flat,
     read_stored,
+    with_watchers_of,
 )
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.device import (
@@ -290,14 +291,17 @@ def devices_of(request: LaunchRequest, config: Config, is_here: bool) -> Devices
 def _compare_configs(request: LaunchRequest, store: Store | None) -> tuple[ConfigComparison, Named]:
     """Compares the configuration with the checkpoint's and the run directory's; returns what counts as named too."""
     config, named, run = request.config, request.named, request.run
-    begun = ConfigComparison(config)
-    is_resumed = run is not None and request.resume != "none" and run.holds_a_run()
-    is_elsewhere = store is None or (run is not None and not run.is_own(store.folder))
-    if run is not None and is_resumed and (is_elsewhere or request.is_stored_config):
+    own, is_elsewhere = None, store is None or (run is not None and not run.is_own(store.folder))
+    needs_own = is_elsewhere or request.is_stored_config
+    if run is not None and request.resume != "none" and run.holds_a_run():
         try:
             own = read_stored(run.config)
+            config = with_watchers_of(own, config, named)
         except ConfigError as error:
-            return ConfigComparison(config, [], error.problems), named
+            if needs_own:
+                return ConfigComparison(config, [], error.problems), named
+    begun = ConfigComparison(config)
+    if own is not None and needs_own:
         if is_elsewhere:
             # Killed before its first checkpoint, the same run may begin anew here, and no other one.
             begun = compare(config, named, own)

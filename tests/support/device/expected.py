@@ -123,7 +123,7 @@ LAUNCHES: dict[str, float] = {
     "fp16, ZeRO 2": 78,
     "tensor 2, dropout": 204,
     "tensor 2, options": 71,
-    "tensor 2, sigmaReparam": 253,
+    "tensor 2, sigmaReparam": 257,
     "tensor 2, CompleteP": 58,
     "tensor 2, factorised o": 58,
     "tensor 2, dense": 45,

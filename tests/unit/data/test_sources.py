@@ -165,6 +165,18 @@ def test_files_without_documents_and_beyond_the_end_are_counted(tmp_path: Path) 
     assert source.files(tally) == file_counts(3, [str(tmp_path / "a.jsonl")], beyond)
 
 
+def test_markdown_beside_data_is_a_note_and_text_of_its_own_is_read(tmp_path: Path) -> None:
+    """A folder of a hub's data set has its card, README.md, beside the data."""
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "a.txt").write_text("text")
+    assert [file.name for file in find_files(str(tmp_path))[0]] == ["README.md", "a.txt"]
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    files, not_read = find_files(str(tmp_path))
+    assert [file.name for file in files] == ["a.txt", "b.jsonl"]
+    assert not_read == [NotRead(str(tmp_path / "README.md"), "Markdown beside files of data; name it to have it read")]
+    assert find_files(str(tmp_path / "README.md"))[0] == [tmp_path / "README.md"]
+
+
 def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.html").write_text("text")

@@ -49,4 +49,6 @@ def test_matrices_go_to_those_that_hold_them_as_far_as_all_have_as_much_to_do() 
     assert rounds_of([(256, 64), (256, 64), (64, 64), (64, 64)], 2, [{0: 9}] * 4) == [{0: 0, 1: 1}, {0: 2, 1: 3}]
     # Most of it lies on rank 2; of two that hold about as much, the one that owns less.
     assert rounds_of([(64, 64)], 3, [{0: 1, 1: 2, 2: 9}]) == [{2: 0}]
-    assert rounds_of(equal, 3, [{0: 9}, {0: 5, 1: 4}, {1: 9}, {2: 9}]) == [{0: 0, 1: 1, 2: 3}, {1: 2}]
+    assert rounds_of(equal, 3, [{0: 9}, {0: 5, 1: 4}, {1: 9}, {2: 9}]) == [{0: 0, 1: 2, 2: 3}, {0: 1}]
+    # Those that one rank holds alone come first.
+    assert rounds_of(equal[:2], 2, [{0: 5, 1: 4}, {0: 9}]) == [{0: 1, 1: 0}]

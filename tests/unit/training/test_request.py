@@ -129,6 +129,28 @@ def test_a_start_with_another_optimizer_says_what_is_carried_over(tmp_path: Path
     assert len(resolved_with(run, data).resume.notices) == 1
 
 
+def test_who_watches_a_run_is_as_its_newest_start_has_it_and_a_branch_has_its_own(tmp_path: Path) -> None:
+    """The checkpoint has wandb disabled; a later start named another mode and died before it saved."""
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    run, values = (
+        RunDirectory(place / "zero3"),
+        Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict(),
+    )
+    values |= {"data": {"path": str(place / "data")}}
+    newest = values | {"wandb": values["wandb"] | {"mode": "offline", "name": "first"}}
+    run.config.write_text(Config.model_validate(newest).to_yaml())
+    preset = values | {"wandb": values["wandb"] | {"mode": "auto", "name": None}}
+    in_place = resolved_with(run, preset)
+    assert (in_place.config.wandb.mode, in_place.config.wandb.name) == ("offline", "first")
+    assert {change.field: change.now for change in in_place.resume.changes}["wandb.mode"] == "offline"
+    assert resolved_with(run, preset, "wandb.mode").config.wandb.mode == "auto"
+    request = LaunchRequest(
+        Config.model_validate(preset), Named(frozenset({"data.path"})), RunDirectory(place / "branch"), str(run.path), 2
+    )
+    branch = resolve_run(request, is_here=False)
+    assert (branch.config.wandb.mode, branch.config.wandb.name) == ("auto", None)
+
+
 def resolved_with(run: RunDirectory, values: dict[str, Any], *named: str) -> ResolvedRun:
     """The continuation of a run with a configuration of which these fields are named."""
     names = Named(frozenset({"data.path", *named}))

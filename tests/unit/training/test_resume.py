@@ -17,6 +17,7 @@ from mlra_scale.training.resume import (
     flat,
     is_in,
     nested,
+    with_watchers_of,
 )
 from mlra_scale.training.start.resume_choice import ResumePoint
 
@@ -90,14 +91,13 @@ def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
 
 
 def test_a_preset_does_not_change_who_watches_the_run() -> None:
-    """A run that was kept off wandb stays so when its first command is repeated with the preset alone."""
-    was = ["wandb.mode=disabled", "wandb.project=mine", "tensorboard.enabled=true"]
-    assert compared(was, []).changes == []
-    assert compared(was, []).config == load_config("debug", overrides=[*WITH_DATA, *was])
-    for file in (frozenset[str](), frozenset({"wandb.mode"})):
-        result = compared(was, ["wandb.mode=online"], file)
-        assert result.problems == [] and changes(result) == {"wandb.mode": ("disabled", "online")}
-        assert result.config.wandb.project == "mine" and result.config.tensorboard.enabled
+    own = load_config("debug", overrides=["wandb.mode=disabled", "wandb.project=mine", "tensorboard.enabled=true"])
+    for overrides, mode in (([], "disabled"), (["wandb.mode=online"], "online")):
+        config, named = load_named_config("debug", overrides=[*WITH_DATA, "train.steps=9", *overrides])
+        for each in (named, Named(frozenset(), named.on_command_line)):
+            kept = with_watchers_of(own, config, each)
+            assert (kept.wandb.mode, kept.wandb.project, kept.tensorboard.enabled) == (mode, "mine", True)
+            assert kept.train == config.train and kept.data == config.data
 
 
 def test_a_file_cannot_change_the_run_by_itself() -> None:
