@@ -52,3 +52,19 @@ def test_matrices_go_to_those_that_hold_them_as_far_as_all_have_as_much_to_do() 
     assert rounds_of(equal, 3, [{0: 9}, {0: 5, 1: 4}, {1: 9}, {2: 9}]) == [{0: 0, 1: 2, 2: 3}, {0: 1}]
     # Those that one rank holds alone come first.
     assert rounds_of(equal[:2], 2, [{0: 5, 1: 4}, {0: 9}]) == [{0: 1, 1: 0}]
+
+
+def test_the_deal_compares_each_part_a_few_times_however_many_ranks_hold_one() -> None:
+    """Every rank makes the whole deal at its start."""
+
+    class Counted(float):
+        comparisons = 0
+
+        def __gt__(self, other: float) -> bool:
+            Counted.comparisons += 1
+            return float(self) > other
+
+    num_ranks, num_matrices = 1024, 8
+    holders = [dict.fromkeys(range(num_ranks), Counted(5.0)) for _ in range(num_matrices)]
+    assert len(rounds_of([(64, 64)] * num_matrices, num_ranks, holders)) == 1
+    assert 0 < Counted.comparisons <= 4 * num_ranks * num_matrices
