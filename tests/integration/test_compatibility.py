@@ -66,8 +66,10 @@ def test_a_run_is_continued_to_the_same_digits(
         if machine() == (WRITTEN / "machine.txt").read_text().strip():
             assert dict(zip(then, same, strict=True)) == then
         else:
+            # On another machine sums have another order. bf16 rounds them to 2^-8, in each of three updates.
+            rtol = {"pipeline": 1e-3, "zero3": 2.0**-6}[layout]
             np.testing.assert_allclose(
-                np.array(same, np.float64), np.array(list(then.values()), np.float64), rtol=1e-3, atol=1e-5
+                np.array(same, np.float64), np.array(list(then.values()), np.float64), rtol=rtol, atol=1e-5
             )
 
 
@@ -77,7 +79,9 @@ def test_checkpoints_are_verified_described_and_exported(written: Path, tmp_path
         for action in ("list", "verify"):
             result = run_tool("checkpoints", action, written / layout)
             assert result.code == 0 and "step-00000003" in result.stdout, result.stderr
-    result = run_tool("export_hf", written / "zero3", tmp_path / "out")
+    # The data lie elsewhere than when the checkpoint was written.
+    text = ["--tokenizer", written / "data" / "tokenizer", "--text", WRITTEN.parents[2] / "README.md"]
+    result = run_tool("export_hf", written / "zero3", tmp_path / "out", *text)
     assert result.code == 0, result.stderr
     exported, before = (folder / "model.safetensors" for folder in (tmp_path / "out", WRITTEN / "exported-gpt2"))
     assert exported.read_bytes() == before.read_bytes()
