@@ -89,7 +89,7 @@ def find_files(name: str) -> tuple[list[Path], list[NotRead]]:
             )
         files = _sort_out({file for root in roots for file in _search(root, tail, not_read)}, not_read)
         if any(kind_of(file) != ".txt" for file in files):
-            notes = [file for file in files if file.name.lower().removesuffix(compression_of(file)).endswith(".md")]
+            notes = {file for file in files if file.name.lower().removesuffix(compression_of(file)).endswith(".md")}
             not_read |= {NotRead(str(file), _NOTES) for file in notes}
             files = [file for file in files if file not in notes]
     except OSError as error:
