@@ -190,7 +190,7 @@ class Job:
             )
             seconds = seconds_before_restart(self._file.ends)
             if decision.action != "restart" or seconds:
-                self._spare.discard()
+                self._spare.discard(end.bad_nodes)
             if decision.action != "restart":
                 return self._carry_out(decision, end)
             if seconds:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Literal
 
@@ -177,17 +177,19 @@ class AttemptRunner:
         known = [*([self._verdict[1]] if self._verdict is not None else []), *map(str, self._failures)]
         return (known or [reason for _, _, reason in self._ended_tasks] or ["their srun has ended"])[0]
 
-    def discard(self, keeps_logs: bool = False) -> None:
-        """Ends ranks that are prepared; when it returns they have ended, except on nodes that do not answer."""
+    def discard(self, keeps_logs: bool = False, lost: Collection[str] = ()) -> None:
+        """Ends ranks that are prepared; when it returns they have ended, except on `lost` nodes and silent ones."""
         if self._step is None:
             return
         (hub, process), self._killed_at = self._step, time.monotonic()
+        for name in lost:
+            self._nodes[name].is_lost = True
         hub.send({"order": "kill"})
         while time.monotonic() < self._killed_at + _DISCARD_SECONDS and process.poll() is None:
             self._hear(hub, 0.1)
             if all(node.is_gone or node.versions is None for node in self._nodes.values()):
                 break
-        end_process(process, _DISCARD_SECONDS)
+        end_process(process, _GONE_SECONDS if lost else _DISCARD_SECONDS)
         hub.close()
         if not keeps_logs:
             shutil.rmtree(self._plan.logs, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from mlra_scale.cluster.job.attempt import AttemptRunner
 from mlra_scale.cluster.job.step import AttemptPlan
@@ -53,15 +53,18 @@ class Spare:
                 self.discard()
 
     def take(self, plan: AttemptPlan) -> AttemptRunner | None:
-        """Returns the attempt that waits, if it is this one and can begin; another one is ended."""
+        """Returns the attempt that waits, if it is this one and can begin; another one is ended.
+
+        A restart on fewer nodes does not wait for the others.
+        """
         if self._runner is None or self._plan != plan or not self._runner.can_begin():
-            self.discard()
+            self.discard(set(self._plan.nodes) - set(plan.nodes) if self._plan is not None else ())
             return None
         runner, self._runner, self._plan = self._runner, None, None
         return runner
 
-    def discard(self) -> None:
-        """Ends the ranks that wait, and starts none."""
-        if self._runner is not None:
-            self._runner.discard()
+    def discard(self, lost: Collection[str] = ()) -> None:
+        """Ends the ranks that wait, and starts none; those on `lost` nodes are not waited for."""
+        if self._runner is not None and self._plan is not None:
+            self._runner.discard(lost={*lost} & {*self._plan.nodes})
         self._runner, self._plan = None, None

@@ -197,6 +197,21 @@ def test_spare_ranks_that_loaded_other_versions_do_not_begin(desk: Desk, monkeyp
     assert said.count("attempt-002 False\n") == 2 and "the spare ranks begin" not in said
 
 
+@pytest.mark.timeout(30)  # less than the player's own limit
+@pytest.mark.parametrize("is_elastic", [True, False])
+def test_spare_ranks_on_a_lost_node_are_not_waited_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, is_elastic: bool
+) -> None:
+    monkeypatch.setattr(spare, "_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(attempt, "_DISCARD_SECONDS", 1e6)
+    does = "me.report(rank(number, phase='waiting'))\n        while number: time.sleep(1.0)"
+    play = SPARES.replace("DOES", does).replace("UNTIL", "'loaded their libraries and wait'")
+    play = play.replace('me.end(failure(number, 1, number, "odd"))', "os._exit(1) if number else me.obey_kill(0)")
+    assert desk.job("cluster.spares=true", f"cluster.elastic={is_elastic}", a=play, b=play) == 0
+    assert desk.ends == [("lost_node", ["a", "b"]), *([("done", ["a"])] if is_elastic else [])]
+    assert "the spare ranks begin" not in (desk.run / "logs" / "console.log").read_text()
+
+
 def test_a_stop_ends_the_spare_ranks_and_the_ranks_that_train(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spare, "_DELAY_SECONDS", 0.0)
     play = """
