@@ -59,6 +59,10 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"{__name__}.{name} needs {library}: pip install {library}", name=library) from error
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _missing_library(error: BaseException | None) -> str:
     """Returns the library that is missing: transformers wraps the error that names it in others that name nothing."""
     while isinstance(error, ModuleNotFoundError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from mlra_scale.api.tev import embedding_of, log_values, tev
+from mlra_scale.api.tev import checked_every, embedding_of, log_values, tev
 from mlra_scale.stability.tev import TevStatistics
 from mlra_scale.stability.watcher import is_due
 
@@ -67,16 +67,17 @@ def attach_tev(
 
     Args:
         engine: What deepspeed.initialize returned.
-        every: Number of steps (`engine.global_steps`) from one measurement to the next, at least 1.
+        every: Number of steps (`engine.global_steps`) from one measurement to the next; 0: only now.
         embedding: See `tev`.
         num_tokens: See `tev`.
 
+    Returns:
+        The measurements so far (`history`), with `measure()` for one more and `detach()` to end them.
+
     Raises:
-        ValueError: There is no embedding on any stage, or several; or `every` is less than 1.
+        ValueError: There is no embedding on any stage, or several; or `every` is no number of steps.
     """
-    if every < 1:
-        raise ValueError(f"every is {every}; use 1 or more")
-    attached = AttachedTev(engine, every, embedding, num_tokens)
+    attached = AttachedTev(engine, checked_every(every), embedding, num_tokens)
     attached.measure()
     return attached
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mlra_scale.api.tev import log_values, tev
+from mlra_scale.api.tev import checked_every, log_values, tev
 from mlra_scale.stability.tev import TevStatistics
 from mlra_scale.stability.watcher import is_due
 
@@ -24,11 +24,14 @@ class LightningTevCallback(Callback):
 
     Attributes:
         history: Step and result of each measurement.
+
+    Raises:
+        ValueError: `every` is no number of steps.
     """
 
     def __init__(self, every: int = 100, embedding: str | None = None, num_tokens: int | None = None) -> None:
         self.history: list[tuple[int, TevStatistics]] = []
-        self._every, self._embedding, self._num_tokens = every, embedding, num_tokens
+        self._every, self._embedding, self._num_tokens = checked_every(every), embedding, num_tokens
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measure(trainer, pl_module)

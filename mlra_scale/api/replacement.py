@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from mlra_scale.shipped.low_rank_linear import LowRankLinear
+from mlra_scale.shipped.low_rank_linear import INITIALIZATIONS, LowRankLinear
 
 
 class JoinedProjections(nn.Module):
@@ -50,7 +50,7 @@ def replace_attention_projections(
 
     Raises:
         ValueError: The model has no attention of GPT-2, or one that has been replaced or attends to an encoder; or an
-            argument is not one of those above.
+            argument is not one of those above. The model is then as it was.
     """
     attentions = list(_attentions(model))
     width = attentions[0].embed_dim
@@ -62,15 +62,18 @@ def replace_attention_projections(
         raise ValueError("the model attends to an encoder (add_cross_attention), whose projections are other ones")
     if not all(isinstance(map_, Conv1D) for each in attentions for map_ in (each.c_attn, each.c_proj)):
         raise ValueError("the model's attention projections are not those of GPT-2: they have been replaced already")
+    if init not in ("svd", *INITIALIZATIONS):
+        raise ValueError(f"init is {init!r}; use svd, {', '.join(INITIALIZATIONS)}")
     std, scale = model.config.initializer_range, 1.0 / math.sqrt(2.0 * model.config.n_layer)
     for attention in attentions:
-        joined, joined_bias = attention.c_attn.weight.detach().T, attention.c_attn.bias.detach()
-        attention.c_attn = JoinedProjections(
-            *(
-                _projection(weight, bias, rank if name in projections else None, init, std)
-                for name, weight, bias in zip("qkv", joined.chunk(3), joined_bias.chunk(3), strict=True)
+        if set(projections) & {*"qkv"}:
+            joined, joined_bias = attention.c_attn.weight.detach().T, attention.c_attn.bias.detach()
+            attention.c_attn = JoinedProjections(
+                *(
+                    _projection(weight, bias, rank if name in projections else None, init, std)
+                    for name, weight, bias in zip("qkv", joined.chunk(3), joined_bias.chunk(3), strict=True)
+                )
             )
-        )
         if "o" in projections:
             weight, bias = attention.c_proj.weight.detach().T, attention.c_proj.bias.detach()
             attention.c_proj = _projection(weight, bias, rank, init, std, scale)

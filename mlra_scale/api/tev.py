@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlra_scale.stability.embedding_names import input_embeddings
-from mlra_scale.stability.tev import DEFAULT_QUANTILES, TevStatistics, checked_request, measure, tev_of_matrix
+from mlra_scale.stability.tev import (
+    DEFAULT_QUANTILES,
+    TevStatistics,
+    checked_request,
+    measure,
+    tev_of_matrix,
+    tev_values,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,9 +50,13 @@ def tev(
         quantiles: Probabilities in [0, 1].
         extremes: How many of the highest and of the lowest tokens to list.
 
+    Returns:
+        Mean, standard deviation and quantiles over the tokens, and what else `TevStatistics` lists; the same numbers on
+        every rank.
+
     Raises:
-        ValueError: No embedding, or several, were found, or what was found is no matrix of real numbers that this
-            function knows how to put together.
+        ValueError: No embedding, or several, were found; or what was found is no matrix of real numbers that this
+            function knows how to put together; or an argument is out of its range.
     """
     if not isinstance(model_or_matrix, nn.Module):
         if embedding is not None:
@@ -63,14 +74,21 @@ def tev(
 
 
 def log_values(statistics: TevStatistics) -> dict[str, float]:
-    """Returns the numbers of a measurement by flat names, for loggers that take scalars."""
-    return {
-        "tev_mean": statistics.mean,
-        "tev_std": statistics.std,
-        **{f"tev_q{quantile:g}": value for quantile, value in statistics.quantiles.items()},
-        "mean_embedding_norm": statistics.mean_embedding_norm,
-        "mean_row_rms": statistics.mean_row_rms,
-    }
+    """Returns the numbers of a measurement by the names that the trainer's own loggers use, which take scalars."""
+    values = tev_values(statistics)
+    quantiles = values.pop("tev_quantiles")
+    return {**values, **{f"tev_quantiles/{quantile}": value for quantile, value in quantiles.items()}}
+
+
+def checked_every(every: int) -> int:
+    """Returns the number of steps between measurements.
+
+    Raises:
+        ValueError: It is no number of steps.
+    """
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(f"every is {every!r}; use a number of steps, or 0 for no measurement between first and last")
+    return every
 
 
 def embedding_of(model: nn.Module, name: str | None = None) -> Tensor:

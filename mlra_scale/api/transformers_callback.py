@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from mlra_scale.api.tev import log_values, tev
+from mlra_scale.api.tev import checked_every, log_values, tev
 from mlra_scale.stability.tev import TevStatistics
 from mlra_scale.stability.watcher import is_due
 
@@ -29,13 +29,19 @@ class TevCallback(TrainerCallback):
 
     Attributes:
         history: Step and result of each measurement.
+
+    Raises:
+        ValueError: `every` is no number of steps.
+        TypeError: `trainer` is no Trainer.
     """
 
     def __init__(
         self, trainer: Trainer, every: int = 100, embedding: str | None = None, num_tokens: int | None = None
     ) -> None:
         self.history: list[tuple[int, TevStatistics]] = []
-        self._trainer, self._every = trainer, every
+        if not hasattr(trainer, "log"):
+            raise TypeError(f"trainer is {trainer!r}; give the Trainer that the callback is added to")
+        self._trainer, self._every = trainer, checked_every(every)
         self._embedding, self._num_tokens = embedding, num_tokens
 
     def on_train_begin(

@@ -30,8 +30,10 @@ def factor_stds(in_features: int, out_features: int, rank: int, init: str, std: 
         std: What elements of a dense matrix would have.
 
     Raises:
-        ValueError: There is no such initialization.
+        ValueError: There is no such initialization, or `std` is negative.
     """
+    if not std >= 0.0:
+        raise ValueError(f"std is {std}; use a standard deviation, 0 or more")
     if init == "gpt2":
         return std, std
     if init == "xavier":
@@ -48,12 +50,20 @@ def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     rank to W in the Frobenius norm (Eckart and Young 1936).
 
     Returns:
-        up [out, R] and down [R, in] in fp32, and the share of the squared singular values that they keep.
+        up [out, R] and down [R, in], in fp64 if the matrix is and else in fp32, and the share of the squared singular
+        values that they keep.
+
+    Raises:
+        ValueError: It is no matrix, or has no `rank` singular values.
     """
+    if weight.dim() != 2 or not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"rank is {rank}, of weights {list(weight.shape)}; use 1 to the smaller side of a matrix")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
     roots = singular[:rank].sqrt()
     energy, total = float(singular[:rank].square().sum()), float(singular.square().sum())
-    return (left[:, :rank] * roots).float(), (roots[:, None] * right[:rank]).float(), energy / total if total else 1.0
+    up, down = (left[:, :rank] * roots).to(dtype), (roots[:, None] * right[:rank]).to(dtype)
+    return up, down, energy / total if total else 1.0
 
 
 class LowRankLinear(nn.Module):
@@ -70,6 +80,10 @@ class LowRankLinear(nn.Module):
         std: What elements of a dense matrix would have in the beginning.
         up_scale: What the up factor's initial values are multiplied by: 1 / sqrt(2 L) where the map writes to the
             residual stream of L blocks, as in GPT-2.
+        device, dtype: Of the factors and the bias, as for nn.Linear.
+
+    Raises:
+        ValueError: `rank` is less than 1, `std` is negative, or there is no such initialization.
     """
 
     def __init__(
@@ -81,14 +95,16 @@ class LowRankLinear(nn.Module):
         init: str = "gpt2",
         std: float = 0.02,
         up_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}; use 1 or more")
         self.down_std, up_std = factor_stds(in_features, out_features, rank, init, std)
         self.up_std = up_std * up_scale
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=bias)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,7 +122,13 @@ class LowRankLinear(nn.Module):
         """Sets the factors to the nearest ones of a dense matrix [out, in], and returns the share that they keep.
 
         See `factorise`. The bias stays as it is.
+
+        Raises:
+            ValueError: The matrix has another shape, or R is larger than one of its sides.
         """
+        shape = [self.up.out_features, self.down.in_features]
+        if list(weight.shape) != shape:
+            raise ValueError(f"weight has shape {list(weight.shape)}; the map needs {shape}")
         up, down, kept = factorise(weight, self.down.out_features)
         self.up.weight.copy_(up)
         self.down.weight.copy_(down)

@@ -87,12 +87,16 @@ class MlraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "use a multiple of it"
             )
         if unknown := sorted(set(self.factorised_projections) - set(PROJECTIONS)):
             raise ValueError(f"factorised_projections may name q, k, v and o, not {', '.join(unknown)}")
-        if self.factorised_projections and not self.attention_rank:
-            raise ValueError("attention_rank is missing: factorised_projections is not empty")
+        if self.factorised_projections and not (self.attention_rank and 1 <= self.attention_rank <= self.hidden_size):
+            raise ValueError(
+                f"attention_rank is {self.attention_rank}; use 1 to {self.hidden_size}, the hidden_size, or leave "
+                "factorised_projections empty"
+            )
         if self.attention_init not in INITIALIZATIONS:
             raise ValueError(f"attention_init is {self.attention_init!r}; use {', '.join(INITIALIZATIONS)}")
         # A list, as JSON gives it back, so that a configuration equals itself after saving and loading.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,9 +193,13 @@ def tev_of_matrix(
         extremes: How many of the highest and of the lowest tokens to list.
 
     Raises:
-        ValueError: It is no matrix of real numbers, or has fewer than `num_rows` rows.
+        ValueError: It is no matrix of real numbers, or an argument is out of its range.
     """
-    matrix = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.asarray(matrix))
+    if not isinstance(matrix, Tensor):
+        matrix = np.asarray(matrix)
+        if matrix.dtype.kind not in "biuf":
+            raise ValueError(f"it is no model and no matrix of real numbers, but {matrix.dtype} {list(matrix.shape)}")
+        matrix = torch.from_numpy(matrix)
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ValueError(f"an embedding is a matrix of real numbers, not {matrix.dtype} {list(matrix.shape)}")
     request = checked_request(tuple(matrix.shape), num_rows, quantiles, extremes)
@@ -207,12 +212,18 @@ def checked_request(
     """Returns the request for a matrix [rows, D], whose rows from `num_rows` on are padding.
 
     Raises:
-        ValueError: It has no elements, or fewer than `num_rows` rows.
+        ValueError: It has no elements, or an argument is out of its range.
     """
     rows, hidden_size = shape
+    if not rows or not hidden_size:
+        raise ValueError(f"the matrix has no elements: its shape is {list(shape)}")
     num_rows = rows if num_rows is None else num_rows
-    if not 0 < num_rows <= rows or not hidden_size:
-        raise ValueError(f"{num_rows} real rows of a matrix with shape {list(shape)}")
+    if not isinstance(num_rows, Integral) or not 0 < num_rows <= rows:
+        raise ValueError(f"the number of real tokens is {num_rows!r}; use 1 to {rows}, the rows of the matrix")
+    if not all(0.0 <= quantile <= 1.0 for quantile in quantiles):
+        raise ValueError(f"quantiles is {list(quantiles)}; use probabilities from 0 to 1")
+    if not isinstance(extremes, Integral) or extremes < 0:
+        raise ValueError(f"extremes is {extremes!r}; use the number of tokens to list, 0 or more")
     return TevRequest(num_rows, hidden_size, quantiles, extremes)
 
 

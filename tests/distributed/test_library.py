@@ -124,8 +124,8 @@ def train_with_monitor(rank: int, world_size: int, folder: str) -> list[tuple[in
     for number in range(2):
         engine.backward(engine(batch(rank, number)))
         engine.step()
-    with pytest.raises(ValueError, match="every is 0"):
-        mlra_scale.attach_tev(engine, every=0)
+    with pytest.raises(ValueError, match="every is -1"):
+        mlra_scale.attach_tev(engine, every=-1)
     with pytest.raises(ValueError, match="'tokens' names none"):
         mlra_scale.attach_tev(engine, embedding="tokens")
     return attached.history

@@ -24,6 +24,10 @@ def test_it_is_its_product() -> None:
     assert LowRankLinear(24, 40, 8, bias=False).up.bias is None
     with pytest.raises(ValueError, match="rank is 0"):
         LowRankLinear(4, 4, 0)
+    with pytest.raises(ValueError, match=r"std is -1\.0"):
+        LowRankLinear(4, 4, 2, std=-1.0)
+    made = LowRankLinear(4, 6, 2, device="meta", dtype=torch.bfloat16)
+    assert {(each.device.type, each.dtype) for each in made.parameters()} == {("meta", torch.bfloat16)}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,10 @@ def test_the_nearest_factors_of_a_dense_map() -> None:
     layer = LowRankLinear(8, 12, 8)
     assert layer.set_dense(weight) == pytest.approx(1.0)
     torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"weight has shape \[8, 12\]; the map needs \[12, 8\]"):
+        layer.set_dense(weight.T)
+    with pytest.raises(ValueError, match=r"rank is 9, of weights \[12, 8\]"):
+        LowRankLinear(8, 12, 9).set_dense(weight)
     smaller = LowRankLinear(8, 12, 3)
     kept = smaller.set_dense(weight)
     singular = torch.linalg.svdvals(weight.double())

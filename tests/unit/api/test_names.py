@@ -19,6 +19,7 @@ def test_every_name_is_there() -> None:
         if name == "LightningTevCallback":
             pytest.importorskip("lightning", reason="needs lightning")
         assert getattr(mlra_scale, name).__name__ == name
+    assert set(mlra_scale.__all__) <= set(dir(mlra_scale)), "for completion"
     with pytest.raises(AttributeError, match="has no attribute 'tve'"):
         _ = mlra_scale.tve
 

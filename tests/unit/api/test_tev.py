@@ -98,8 +98,16 @@ def test_what_is_no_whole_embedding_is_refused() -> None:
         mlra_scale.tev(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="this is a matrix"):
         mlra_scale.tev(torch.ones(3, 3), embedding="wte")
-    with pytest.raises(ValueError, match="4 real rows"):
-        mlra_scale.tev(torch.ones(3, 3), num_tokens=4)
+    for number in (0, 4, 2.5):
+        with pytest.raises(ValueError, match=rf"number of real tokens is {number}; use 1 to 3"):
+            mlra_scale.tev(torch.ones(3, 3), num_tokens=number)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"quantiles is \[0.5, 2.0\]; use probabilities"):
+        mlra_scale.tev(torch.ones(3, 3), quantiles=(0.5, 2.0))
+    with pytest.raises(ValueError, match="extremes is -1; use the number"):
+        mlra_scale.tev(torch.ones(3, 3), extremes=-1)
+    for nothing in ("gpt2", None, 1j):
+        with pytest.raises(ValueError, match="it is no model and no matrix of real numbers, but"):
+            mlra_scale.tev(nothing)  # type: ignore[arg-type]
     cut = nn.Embedding(6, 3)
     cut.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="Megatron"):
@@ -109,6 +117,7 @@ def test_what_is_no_whole_embedding_is_refused() -> None:
 def test_values_for_a_logger_are_flat_numbers() -> None:
     statistics = mlra_scale.tev(random_matrix(20, 8), quantiles=(0.05, 0.5))
     values = log_values(statistics)
-    assert values["tev_mean"] == statistics.mean and values["tev_q0.05"] == statistics.quantiles[0.05]
-    assert values.keys() == {"tev_mean", "tev_std", "tev_q0.05", "tev_q0.5", "mean_embedding_norm", "mean_row_rms"}
+    assert values["tev_mean"] == statistics.mean and values["tev_quantiles/0.05"] == statistics.quantiles[0.05]
+    names = {"tev_mean", "tev_std", "tev_quantiles/0.05", "tev_quantiles/0.5", "mean_embedding_norm", "mean_row_rms"}
+    assert values.keys() == names, "those that the trainer's loggers use"
     assert all(type(value) is float for value in values.values())

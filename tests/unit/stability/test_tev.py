@@ -86,7 +86,7 @@ def test_what_is_no_embedding_is_refused() -> None:
     for matrix in (np.zeros(4), np.zeros((2, 3), dtype=int), np.zeros((0, 3)), np.zeros((3, 0))):
         with pytest.raises(ValueError, match="matrix"):
             tev_of_matrix(matrix)
-    with pytest.raises(ValueError, match="4 real rows"):
+    with pytest.raises(ValueError, match="real tokens is 4; use 1 to 3"):
         tev_of_matrix(np.ones((3, 3)), num_rows=4)
 
 

@@ -190,7 +190,8 @@ def test_hidden_states_and_attention_weights(tokens: torch.Tensor) -> None:
     [
         ({"hidden_size": 30}, "hidden_size 30 is not divisible by num_attention_heads 4"),
         ({"factorised_projections": ["q", "x"]}, "not x"),
-        ({"attention_rank": None}, "attention_rank is missing"),
+        ({"attention_rank": None}, "attention_rank is None; use 1 to"),
+        ({"attention_rank": 1000}, "attention_rank is 1000; use 1 to"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict[str, Any], message: str) -> None:
