@@ -53,6 +53,24 @@ def _size(text: str) -> int:
     return math.ceil(Fraction(found[1]) * (1024 if "i" in unit else 1000) ** "bkmgt".index(unit[0]))
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what the section `export` of a configuration would refuse."""
+    from pydantic import ValidationError
+
+    from mlra_scale.config import ConfigError, ExportConfig
+    from mlra_scale.config.problems import problems_of
+
+    try:
+        ExportConfig(
+            repository=options.push_to_hub,
+            license=options.license,
+            languages=options.language,
+            datasets=options.dataset,
+        )
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, ExportConfig)) from None
+
+
 def _run(options: argparse.Namespace) -> int:
     from mlra_scale.checkpoint.huggingface.card import CardDetails
     from mlra_scale.checkpoint.huggingface.verification import VerificationError
@@ -62,6 +80,9 @@ def _run(options: argparse.Namespace) -> int:
     repository = options.push_to_hub
     if options.private and repository is None:
         raise InputError("--private is for a repository that is pushed to; name it with --push-to-hub")
+    if options.no_verify and repository is not None:
+        raise InputError("--no-verify and --push-to-hub: only a verified export is pushed; leave one of them out")
+    _check(options)
     if repository is not None:
         hub.check_access(repository, options.private)
     card = CardDetails(

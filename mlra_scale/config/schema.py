@@ -17,6 +17,9 @@ from mlra_scale.config.section import (
     ActivationsConfig,
     GradientsConfig,
     GuardConfig,
+    HubName,
+    LanguageCode,
+    LicenseName,
     Positive,
     QkClipConfig,
     Section,
@@ -177,11 +180,11 @@ class ExportConfig(Section):
     """Repository of the Hugging Face hub, OWNER/NAME, that the verified export is pushed to; null: none."""
     private: bool = False
     """Make the repository private; one that exists must be private."""
-    license: Text | None = None
+    license: LicenseName | None = None
     """License in the model card, as the hub names it (apache-2.0, cc-by-4.0, ...); null: the card names none."""
-    languages: tuple[Text, ...] = Field((), strict=False)
+    languages: tuple[LanguageCode, ...] = Field((), strict=False)
     """Languages in the model card, by their codes (en)."""
-    datasets: tuple[Text, ...] = Field((), strict=False)
+    datasets: tuple[HubName, ...] = Field((), strict=False)
     """Data sets of the hub in the model card that the model was trained on."""
 
 

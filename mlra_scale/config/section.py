@@ -15,6 +15,9 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Quantile = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Text = Annotated[str, Field(min_length=1)]
+LicenseName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+LanguageCode = Annotated[str, Field(pattern=r"^[a-z]{2,}(-[A-Za-z0-9]+)*$")]
+HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 

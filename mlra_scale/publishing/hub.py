@@ -59,10 +59,8 @@ def check_access(repository: str, is_private: bool = False) -> None:
     with _errors(what, _LOGIN):
         validate_repo_id(repository)
         user = api.whoami()
-        if fault := _may_not_write(user, repository.rpartition("/")[0]):
+        if fault := _may_not_write(user, repository.partition("/")[0]):
             raise HubError(f"{what}: {fault}")
-        if "/" not in repository:
-            repository = f"{user['name']}/{repository}"
         try:
             info = api.model_info(repository)
         except RepositoryNotFoundError:
@@ -88,7 +86,6 @@ def push(folder: Path, repository: str, is_private: bool, say: Callable[[str], N
     api, files = HfApi(), sorted(file.name for file in folder.iterdir() if file.is_file())
     with _errors(f"{folder} was not pushed to {repository}", f"push it again with `hf upload {repository} {folder}`"):
         url = api.create_repo(repository, private=is_private or None, exist_ok=True)
-        repository = url.repo_id
         head = api.model_info(repository)
         _check_repository(api, repository, head, is_private)
         stale = [name for name in _exported_names(head) if name not in files]
@@ -111,7 +108,7 @@ def _may_not_write(user: dict[str, Any], owner: str) -> str | None:
     if role == "read":
         return f"the token may only read; {_LOGIN}"
     organizations = user.get("orgs")
-    if not owner or not isinstance(organizations, list) or owner.casefold() == str(user.get("name")).casefold():
+    if not isinstance(organizations, list) or owner.casefold() == str(user.get("name")).casefold():
         return None
     roles = {str(each.get("name")).casefold(): each.get("roleInOrg") for each in organizations}
     # A fine-grained token may be of an organization that it does not list.

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
 
 there, here = sys.argv[1:]
-for module in (AutoModelForCausalLM,):
-    pair = [module.from_pretrained(name, trust_remote_code=True).state_dict() for name in (there, here)]
+pair = [AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).state_dict() for name in (there, here)]
 assert pair[0].keys() == pair[1].keys() and all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
 pair = [AutoTokenizer.from_pretrained(name, trust_remote_code=False)("A window slides").input_ids for name in (there, here)]
 assert pair[0] == pair[1], pair
@@ -121,9 +120,9 @@ def test_what_is_no_export_is_not_overwritten(
 def test_a_repository_of_other_files_is_pushed_to(tmp_path: Path, server: Hub) -> None:
     server.repositories["me/small"] = Repository(is_private=True)
     server.repositories["me/small"].files["run.py"] = b"mine"
-    check_access("small", is_private=True)
+    check_access("me/small", is_private=True)
     (tmp_path / "README.md").write_text("exported with mlra-scale")
-    push(tmp_path, "small", True, print)
+    push(tmp_path, "me/small", True, print)
     assert server.repositories["me/small"].files.keys() == {".gitattributes", "run.py", "README.md"}
 
 
@@ -140,7 +139,7 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(stored: Path
 
 def test_a_token_or_a_role_that_may_not_write_is_found_first(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     server.organizations = {"lab": "write", "readers": "read"}
-    for repository in ("me/small", "Me/small", "lab/small", "small"):
+    for repository in ("me/small", "Me/small", "lab/small"):
         check_access(repository)
     with pytest.raises(HubError, match="me may only read in readers"):
         check_access("readers/small")
@@ -164,10 +163,25 @@ def test_without_access_nothing_is_exported(
     result = pushed(stored, tmp_path / "out", code=2)
     assert "me/small cannot be pushed to" in result.stderr and "hf auth login" in result.stderr
     assert not (tmp_path / "out").exists() and not server.repositories
-    result = run_tool("export_hf", stored, tmp_path / "out", "--push-to-hub", "not a name")
-    assert result.code == 2 and "not a name" in result.stderr
-    result = run_tool("export_hf", stored, tmp_path / "out", "--private")
-    assert result.code == 2 and "--push-to-hub" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--push-to-hub small", "repository = 'small': string should match pattern"),
+        ("--license MIT!", "license = 'MIT!': string should match pattern"),
+        ("--language en e", "languages.1 = 'e': string should match pattern"),
+        ("--dataset me/a/b", "datasets.0 = 'me/a/b': string should match pattern"),
+        ("--private", "name it with --push-to-hub"),
+        ("--push-to-hub me/small --no-verify", "only a verified export is pushed"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_refused_first(
+    stored: Path, tmp_path: Path, server: Hub, arguments: str, message: str
+) -> None:
+    result = run_tool("export_hf", stored, tmp_path / "out", *arguments.split())
+    assert result.code == 2 and message in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists() and not server.repositories
 
 
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/upload/", "/commit/"])

@@ -188,7 +188,7 @@ def _results(
 ) -> list[EvalResult]:
     """Returns all figures as the hub's model-index has them; values that are not finite are left out."""
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
-    loss, data = store.state.get("validation_loss"), _data_names(store.config)
+    loss, data = store.state.get("validation_loss"), f"{_data_names(store.config)} (held-out samples)"
     if loss is not None:
         perplexity = math.exp(loss) if loss < _LARGEST_LOSS else math.inf
         # What was held out of these data: no split that a data set of the hub has.

@@ -155,14 +155,25 @@ def test_the_card_has_figures_of_texts_and_the_hubs_index_of_results(store: Stor
         for result in model["results"]
     }
     assert store.config is not None
-    trained = Path(store.config.data.path or "").name
+    held_out = f"{Path(store.config.data.path or '').name} (held-out samples)"
     measures = {"perplexity": 21.5, "word_perplexity": 60.25, "bits_per_byte": 1.25}
     assert found == {
-        (trained, trained, None): {"perplexity": math.exp(2.0)},
+        (held_out, held_out, None): {"perplexity": math.exp(2.0)},
         ("EleutherAI/lambada_openai", "lambada", "test"): measures,
         ("held", "held", None): {"perplexity": 21.5, "bits_per_byte": 1.25},
         ("choose", "choose", None): {"acc": 0.25, "acc_norm": 0.5},
     }, "a perplexity that is not finite is no result"
+
+
+def test_the_training_data_as_a_text_of_the_evaluation_are_another_measurement(store: Store) -> None:
+    """Its windows and its stride are others than those of the validation loss."""
+    assert store.config is not None
+    name = Path(store.config.data.path or "").name
+    store.state["validation_loss"], store.state["tasks"] = 2.0, {name: FIGURES}
+    (model,) = ModelCard(model_card(store, "gpt2", "float32", None, None)).data.to_dict()["model-index"]
+    found = [(result["dataset"], metric) for result in model["results"] for metric in result["metrics"]]
+    perplexities = {dataset["type"]: metric["value"] for dataset, metric in found if metric["type"] == "perplexity"}
+    assert perplexities == {f"{name} (held-out samples)": math.exp(2.0), name: 21.5}
 
 
 def test_without_results_and_details_the_card_claims_none(store: Store) -> None:
