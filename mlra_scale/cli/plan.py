@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json is not None:
         _write(options.json, _as_json(found, cluster, chosen, lines))
     if options.plot is not None:
-        _write(options.plot, _picture(listed(found, chosen, options.top), cluster))
+        model = options.preset or (options.config and Path(options.config).stem) or "model"
+        _write(options.plot, _picture(listed(found, chosen, options.top), cluster, model))
         print(f"\npicture of the listed layouts: {options.plot}")
     return 0
 
@@ -104,11 +105,12 @@ def _check_plot(path: Path) -> None:
         raise InputError(reason) from None
 
 
-def _picture(layouts: Sequence[tuple[str, Candidate]], cluster: Cluster) -> bytes:
+def _picture(layouts: Sequence[tuple[str, Candidate]], cluster: Cluster, model: str) -> bytes:
     from mlra_scale.planning.plan_text import plain
     from mlra_scale.study.report.plan_figure import plan_figure
 
-    return plan_figure([(number, plain(candidate)) for number, candidate in layouts], cluster.usable_memory)
+    title = f"{model} on {cluster.nodes} x {cluster.devices_per_node} devices of {cluster.name}"
+    return plan_figure([(number, plain(candidate)) for number, candidate in layouts], cluster.usable_memory, title)
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

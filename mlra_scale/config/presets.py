@@ -1,4 +1,4 @@
-"""Named starting points. Depth is the dial of the deep family; everything else there is derived in one function.
+"""Named starting points. Of the deep presets only the depth is chosen; all else is derived in one function.
 
 docs/configuration.md has a table of all presets with their number of parameters. All MLRA presets have rank D/2, where
 MLRA and its dense twin have equally many.
@@ -46,7 +46,7 @@ def _large(
 
 
 def _deep(num_layers: int, attention: str) -> dict[str, Any]:
-    """The deep family: depth is the dial.
+    """The deep presets, of which only the depth is chosen.
 
     Width 1024 and 16 heads for every depth, and one recipe for all of them (batch of 512 x 1024 tokens, peak rate
     2.5e-4, 2,000 steps of warm-up, 50,000 steps: 26 G tokens), so that two members differ in depth and in nothing
@@ -58,7 +58,7 @@ def _deep(num_layers: int, attention: str) -> dict[str, Any]:
 
 
 def _wide(attention: str) -> dict[str, Any]:
-    """Deep and wide: the deep family's 72 layers and recipe at width 4096, with 32 heads as in Touvron et al. 2023.
+    """Deep and wide: 72 layers and the recipe of the deep presets at width 4096, 32 heads as in Touvron et al. 2023.
 
     Its training state fits into no GPU, and over many nodes its batch is too small for data parallelism alone: tensor
     and pipeline parallelism are needed (docs/planning.md). The peak rate is that of the 13 B model of Brown et al. 2020

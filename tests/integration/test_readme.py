@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.hub_server import TOKEN, hub_server
 from tests.support.training_runs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,20 +43,23 @@ def test_the_readme_commands_run(tmp_path: Path) -> None:
     for folder in ("ds_configs", "slurm"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    commands = readme_commands()
+    commands = [command.replace("OWNER/NAME", "me/small") for command in readme_commands()]
     assert len(commands) >= 12
     steps = 2
-    for command in commands:
-        steps += 2 if "--resume" in command else 0
-        result = subprocess.run(
-            tiny(command, steps), cwd=tmp_path, env=environment(PATH=path), capture_output=True, text=True, timeout=200
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        if "--dry-run" in command or "sbatch" in command:
-            assert "Memory per rank" in result.stdout
-        elif "--resume" in command:
-            assert f"step {steps - 2}" in result.stdout and f"step {steps}/{steps}" in result.stdout, result.stdout
-            assert f"step 1/{steps}" not in result.stdout, result.stdout
+    with hub_server() as hub:
+        own = environment(PATH=path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+        for command in commands:
+            steps += 2 if "--resume" in command else 0
+            result = subprocess.run(
+                tiny(command, steps), cwd=tmp_path, env=own, capture_output=True, text=True, timeout=200
+            )
+            assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+            if "--dry-run" in command or "sbatch" in command:
+                assert "Memory per rank" in result.stdout
+            elif "--resume" in command:
+                assert f"step {steps - 2}" in result.stdout and f"step {steps}/{steps}" in result.stdout, result.stdout
+                assert f"step 1/{steps}" not in result.stdout, result.stdout
+        assert "model.safetensors" in hub.repositories["me/small"].files
     page = (tmp_path / "runs" / "report" / "report.html").read_text()
     assert "<h1>Runs first, two</h1>" in page and "Prompt: Return a list of" in page and "no sample" not in page
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

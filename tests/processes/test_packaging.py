@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlra_scale import __version__
+from tests.processes.api.test_alone import ALONE, HIDE, other_dependencies
 from tests.support.training_runs import ROOT, environment
 
 WRITTEN_AT_THE_TOP = (".git", ".venv", "build", "data", "dist", "runs", "wandb")
@@ -114,6 +115,11 @@ def test_without_any_dependency_the_package_and_its_files_are_there(installed: P
     packages = str(packages_of(installed))
     result = run(installed, tmp_path, "python", "-I", "-S", "-c", code, packages, "slurm-files", "here")
     assert result.returncode == 0 and (tmp_path / "here" / "slurm" / "launch.sh").is_file(), result.stderr
+
+
+def test_with_torch_and_numpy_alone_the_public_face_works(installed: Path, tmp_path: Path) -> None:
+    result = run(installed, tmp_path, "python", "-I", "-c", HIDE.format(names=other_dependencies()) + ALONE)
+    assert result.returncode == 0 and "TevCallback needs transformers" in result.stdout, result.stderr
 
 
 def test_slurm_files_are_written_and_make_their_plan(installed: Path, tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ _STAGE = {
     "overhead": "launching",
 }
 """Fields of a stage's seconds, and their names in the picture."""
+_LEGEND = (
+    "layouts: degrees of tensor (t), pipeline (p) and data parallelism (d); micro-batch x accumulation; *: the choice"
+)
 _HATCHES = ("", "//", "..", "\\\\", "xx", "++", "--", "oo", "**")
 _Place = Literal["outside lower left", "outside lower right"]
 
@@ -46,15 +49,17 @@ def time_parts(layout: Mapping[str, Any]) -> dict[str, float]:
 
 
 @style.drawing()
-def plan_figure(layouts: Sequence[tuple[str, Mapping[str, Any]]], usable_memory: float) -> bytes:
+def plan_figure(layouts: Sequence[tuple[str, Mapping[str, Any]]], usable_memory: float, title: str) -> bytes:
     """Draws two bars for each layout, cut into their parts, as PNG.
 
     Args:
         layouts: Number and values of each layout, as `mlra-scale plan --json` writes them; at least one.
         usable_memory: Bytes of a device; a line.
+        title: Of what model and cluster.
     """
     names = [f"{number}  {_name(layout)}" for number, layout in layouts]
-    figure = style.new_figure(2.1 + 0.42 * len(layouts))
+    figure = style.new_figure(2.7 + 0.42 * len(layouts))
+    figure.suptitle(f"{title}\n{_LEGEND}", fontsize="medium")
     memory, time = figure.subplots(1, 2, sharey=True)
     sizes = [{name: layout["memory_bytes"][name] / GIB for name in MEMORY} for _, layout in layouts]
     _draw_bars(memory, names, sizes)

@@ -53,13 +53,18 @@ def tev_line(record: Mapping[str, Any], total_steps: int) -> str:
 def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     """Returns the console line of one evaluation."""
     loss, perplexity = record["validation_loss"], record["validation_perplexity"]
-    return f"{_step(record['step'], total_steps)} | validation loss {loss:.4f} | perplexity {perplexity:,.1f}"
+    return f"{_step(record['step'], total_steps)} | validation loss {loss:.4f} | perplexity {_perplexity(perplexity)}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
 
 
 def task_lines(record: Mapping[str, Any], total_steps: int) -> list[str]:
     """Returns a console line for each text, and each task of the harness, of one evaluation."""
     lines = [
-        f"perplexity of {name} {figures['token_perplexity']:,.1f} per token, {figures['word_perplexity']:,.1f} per word"
+        f"perplexity of {name} {_perplexity(figures['token_perplexity'])} per token, "
+        f"{_perplexity(figures['word_perplexity'])} per word"
         for name, figures in record.get("tasks", {}).items()
     ]
     for name, figures in record.get("harness", {}).items():
