@@ -158,8 +158,13 @@ def new_folder(target: Path, busy: Exception, is_kept: Callable[[Path], bool] = 
     is empty, but for what a killed builder left there of which `is_kept` says so. An error in the block removes the
     sibling, with the parents that were made for it, unless `is_kept`. A folder at `target` is replaced; where an
     earlier builder was killed while it replaced one (.NAME.old), the old one is first put back.
+
+    Raises:
+        OSError: Something cannot be written, or `target` is a link that leads nowhere (a disk is not mounted).
     """
     target = target.absolute()
+    if target.is_symlink() and not target.exists():
+        raise OSError(errno.ENOENT, "it is a link to a place that is not there", str(target))
     made_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = partial_of(target), target.with_name(f".{target.name}.old")
@@ -169,7 +174,7 @@ def new_folder(target: Path, busy: Exception, is_kept: Callable[[Path], bool] = 
         raise busy from None
     try:
         if os.path.lexists(target):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         elif old.exists():
             os.rename(old, target)
         if not is_kept(partial):
@@ -186,9 +191,17 @@ def new_folder(target: Path, busy: Exception, is_kept: Callable[[Path], bool] = 
                 with contextlib.suppress(OSError):
                     parent.rmdir()
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     finally:
         os.close(descriptor)
+
+
+def _remove(old: Path) -> None:
+    """Removes what was replaced: a folder, or a link to one, whose own files stay."""
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def partial_of(target: Path) -> Path:

@@ -109,6 +109,8 @@ def main(
         launcher = Launcher.of(os.environ)
         set_up_logging(launcher.rank)
         arguments = build_parser().parse_intermixed_args(argv)
+        if arguments.run_dir == "":
+            raise ConfigError([Problem("--run-dir", "", "is empty; name a directory")])
         run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
         config, named, is_stored_config = resolve(arguments)
         if arguments.dry_run:

@@ -75,8 +75,10 @@ def attach_tev(
         The measurements so far (`history`), with `measure()` for one more and `detach()` to end them.
 
     Raises:
-        ValueError: There is no embedding on any stage, or several; or `every` is no number of steps.
+        ValueError: There is no embedding on any stage, or several; `every` is no number; or `engine` is none.
     """
+    if not hasattr(engine, "global_steps"):
+        raise ValueError(f"engine is a {type(engine).__name__}; give what deepspeed.initialize returned")
     attached = AttachedTev(engine, checked_every(every), embedding, num_tokens)
     attached.measure()
     return attached

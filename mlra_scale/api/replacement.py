@@ -65,18 +65,20 @@ def replace_attention_projections(
     if init not in ("svd", *INITIALIZATIONS):
         raise ValueError(f"init is {init!r}; use svd, {', '.join(INITIALIZATIONS)}")
     std, scale = model.config.initializer_range, 1.0 / math.sqrt(2.0 * model.config.n_layer)
+    found: list[tuple[Any, str, nn.Module]] = []
     for attention in attentions:
         if set(projections) & {*"qkv"}:
-            joined, joined_bias = attention.c_attn.weight.detach().T, attention.c_attn.bias.detach()
-            attention.c_attn = JoinedProjections(
-                *(
-                    _projection(weight, bias, rank if name in projections else None, init, std)
-                    for name, weight, bias in zip("qkv", joined.chunk(3), joined_bias.chunk(3), strict=True)
-                )
+            joined, joined_bias = attention.c_attn.weight.T, attention.c_attn.bias
+            parts = (
+                _projection(weight, bias, rank if name in projections else None, init, std)
+                for name, weight, bias in zip("qkv", joined.chunk(3), joined_bias.chunk(3), strict=True)
             )
+            found.append((attention, "c_attn", JoinedProjections(*parts)))
         if "o" in projections:
-            weight, bias = attention.c_proj.weight.detach().T, attention.c_proj.bias.detach()
-            attention.c_proj = _projection(weight, bias, rank, init, std, scale)
+            made = _projection(attention.c_proj.weight.T, attention.c_proj.bias, rank, init, std, scale)
+            found.append((attention, "c_proj", made))
+    for attention, name, module in found:  # all of them, or none after an error
+        setattr(attention, name, module.train(attention.training))
 
 
 def merge_attention_projections(model: PreTrainedModel) -> None:
@@ -89,8 +91,9 @@ def merge_attention_projections(model: PreTrainedModel) -> None:
         if isinstance(attention.c_attn, JoinedProjections):
             maps = [_dense(each) for each in (attention.c_attn.q, attention.c_attn.k, attention.c_attn.v)]
             attention.c_attn = _conv1d(torch.cat([weight for weight, _ in maps]), torch.cat([bias for _, bias in maps]))
+            attention.c_attn.train(attention.training)
         if isinstance(attention.c_proj, LowRankLinear):
-            attention.c_proj = _conv1d(*_dense(attention.c_proj))
+            attention.c_proj = _conv1d(*_dense(attention.c_proj)).train(attention.training)
 
 
 def _attentions(model: nn.Module) -> Iterator[Any]:
@@ -103,34 +106,37 @@ def _attentions(model: nn.Module) -> Iterator[Any]:
 def _projection(
     weight: Tensor, bias: Tensor, rank: int | None, init: str, std: float, up_scale: float = 1.0
 ) -> nn.Module:
-    """A map with this bias, dense with the weight [out, in] or at a rank; on its device and in its type."""
+    """A map with this bias, dense with the weight [out, in] or at a rank; frozen if the weight is."""
     out_features, in_features = weight.shape
+    result: nn.Linear | LowRankLinear
     if rank is None:
-        dense = nn.Linear(in_features, out_features).to(weight)
+        result = last = nn.Linear(in_features, out_features, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
-            dense.weight.copy_(weight)
-            dense.bias.copy_(bias)
-        return dense
-    drawn = "gpt2" if init == "svd" else init
-    result = LowRankLinear(in_features, out_features, rank, init=drawn, std=std, up_scale=up_scale).to(weight)
-    if init == "svd":
-        result.set_dense(weight)
+            last.weight.copy_(weight)
+    else:
+        drawn = "gpt2" if init == "svd" else init
+        result = LowRankLinear(in_features, out_features, rank, init=drawn, std=std, up_scale=up_scale).to(weight)
+        last = result.up
+        if init == "svd":
+            result.set_dense(weight.detach())
     with torch.no_grad():
-        result.up.bias.copy_(bias)
-    return result
+        last.bias.copy_(bias)
+    return result.requires_grad_(weight.requires_grad)
 
 
 def _dense(projection: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight [out, in] and bias of a map."""
     if isinstance(projection, LowRankLinear):
-        return projection.dense_weight(), projection.up.bias.detach()
+        weight = projection.dense_weight()
+        return weight.requires_grad_(projection.up.weight.requires_grad), projection.up.bias
     assert isinstance(projection, nn.Linear)
-    return projection.weight.detach(), projection.bias.detach()
+    return projection.weight, projection.bias
 
 
 def _conv1d(weight: Tensor, bias: Tensor) -> Conv1D:
+    """A map of transformers' kind with this weight [out, in] and bias; frozen if the weight is."""
     out_features, in_features = weight.shape
-    result = Conv1D(out_features, in_features).to(weight)
+    result = Conv1D(out_features, in_features).to(weight).requires_grad_(weight.requires_grad)
     with torch.no_grad():
         result.weight.copy_(weight.T)
         result.bias.copy_(bias)

@@ -108,12 +108,15 @@ def embedding_of(model: nn.Module, name: str | None = None) -> Tensor:
     weight = _of_transformers(model)
     if weight is not None:
         return weight
-    found = input_embeddings(parameters) or [
-        f"{path}.weight".removeprefix(".") for path, module in model.named_modules() if isinstance(module, nn.Embedding)
-    ]
-    if len(found) != 1:
-        raise ValueError(f"which parameter is the token embedding? Name it with embedding=...; found: {_listed(found)}")
-    return parameters[found[0]]
+    weights: dict[str, Tensor] = {name: parameters[name] for name in input_embeddings(parameters)} or {
+        f"{path}.weight".removeprefix("."): module.weight  # which a parametrization computes
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    if len({id(each) for each in weights.values()}) != 1:
+        listed = _listed([*weights])
+        raise ValueError(f"which parameter is the token embedding? Name it with embedding=...; found: {listed}")
+    return next(iter(weights.values()))
 
 
 def _of_transformers(model: nn.Module) -> Tensor | None:

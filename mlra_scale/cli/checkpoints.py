@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import count, json_output
+from mlra_scale.cli.options import count, json_output, place
 
 EXAMPLES = """examples:
   PROG list runs/first
@@ -33,7 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, what: str, path_help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what, parents=parents)
-        command.add_argument("path", type=Path, metavar="PATH", help=path_help)
+        command.add_argument("path", type=place, metavar="PATH", help=path_help)
         return command
 
     run = "run directory, or folder of checkpoints"
@@ -42,7 +42,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("verify", "compare all files with their checksums", f"checkpoint; {run} (all of them)")
     add("describe", "layout, step, tokens, model and files of a checkpoint", one)
     diff = add("diff", "configuration fields and tensors in which two checkpoints differ", f"first: {one}")
-    diff.add_argument("other", type=Path, metavar="OTHER", help="the second one")
+    diff.add_argument("other", type=place, metavar="OTHER", help="the second one")
     diff.add_argument("--moments", action="store_true", help="compare the moments too")
     prune = add("prune", "remove checkpoints but the newest ones, and the one that the guard would go back to", run)
     prune.add_argument("--keep-last", type=count, required=True, metavar="N", help="how many of the newest stay")

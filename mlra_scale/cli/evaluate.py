@@ -8,11 +8,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import count, json_output, text_fields, trained_model
+from mlra_scale.cli.options import count, json_output, place, text_fields, trained_model
 from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--text", nargs="+", metavar="SOURCE", help="files, folders, globs, as prepare_data.py has them"
     )
-    source.add_argument("--data", type=Path, metavar="FOLDER", help="a folder made by prepare_data.py")
+    source.add_argument("--data", type=place, metavar="FOLDER", help="a folder made by prepare_data.py")
     source.add_argument("--task", choices=NAMED_TEXTS, help="a text of the Hugging Face hub (docs/evaluation.md)")
     add = parser.add_argument
     add("--split", help="of --data: train or validation (default); of Hugging Face data sets: default test")

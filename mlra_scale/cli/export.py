@@ -7,10 +7,9 @@ import math
 import re
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import count
+from mlra_scale.cli.options import count, place
 from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
@@ -26,8 +25,8 @@ input, a damaged checkpoint, or no access to the hub, 3 exported and not pushed.
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory (its newest one)")
-    add("output", type=Path, metavar="OUTPUT", help="the folder to make")
+    add("checkpoint", type=place, metavar="CHECKPOINT", help="a checkpoint, or a run directory (its newest one)")
+    add("output", type=place, metavar="OUTPUT", help="the folder to make")
     add("--format", choices=("gpt2", "mlra"), default="gpt2", help="stock GPT-2 (default), or factors kept and code")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="written type (float32)")
     add("--tokenizer", metavar="NAME", help="tokenizer folder or name (default: the checkpoint's copy)")

@@ -7,10 +7,9 @@ import json
 import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import json_output, seed, settings_of, trained_model
+from mlra_scale.cli.options import json_output, place, seed, settings_of, trained_model
 from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
@@ -25,7 +24,7 @@ An empty prompt is the beginning of a document.
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated (default: standard input)")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a file with one prompt on each line")
+    prompts.add_argument("--prompts", type=place, metavar="FILE", help="a file with one prompt on each line")
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=50, metavar="N", help="most tokens of a text (default: 50)")
     add("--num-samples", type=int, default=1, metavar="N", help="texts for every prompt (default: 1)")

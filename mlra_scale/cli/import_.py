@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import count, json_output
+from mlra_scale.cli.options import count, json_output, place
 from mlra_scale.console import InputError, table
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="config.json with model.safetensors or pytorch_model.bin")
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint to make")
+    add("folder", type=place, metavar="FOLDER", help="config.json with model.safetensors or pytorch_model.bin")
+    add("checkpoint", type=place, metavar="CHECKPOINT", help="the checkpoint to make")
     add("--rank", type=count, metavar="R", help="factorise at this rank (default: everything stays dense)")
     add("--factorise", type=_projections, metavar="LIST", help="which of q,k,v,o to factorise (default: q,k,v)")
     add(

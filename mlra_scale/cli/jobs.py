@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import json_output, positive
+from mlra_scale.cli.options import json_output, place, positive
 from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
@@ -28,7 +28,7 @@ exit codes: 0; 2 no runs found
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folders", type=Path, nargs="*", metavar="FOLDER", help="run directory, or folder of some (default: runs)")
+    add("folders", type=place, nargs="*", metavar="FOLDER", help="run directory, or folder of some (default: runs)")
     add("--attempts", nargs="?", const="", metavar="RUN", help="the attempts of one run: its name or its directory")
     add("--watch", type=partial(positive, largest=1e6), metavar="SECONDS", help="look again after so many seconds")
 

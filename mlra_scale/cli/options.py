@@ -36,7 +36,12 @@ def trained_model() -> argparse.ArgumentParser:
     """A model to evaluate or to generate with, and how it is loaded."""
     parent = argparse.ArgumentParser(add_help=False)
     add = parent.add_argument
-    add("model", type=Path, metavar="MODEL", help="checkpoint, run directory (its newest one), or Hugging Face folder")
+    add(
+        "model",
+        type=place,
+        metavar="MODEL",
+        help="checkpoint, run directory (its newest one), or Hugging Face folder",
+    )
     add("--tokenizer", metavar="NAME", help="tokenizer folder (default: the model's)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and computation")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
@@ -57,6 +62,17 @@ def text_fields() -> argparse.ArgumentParser:
 def settings_of(options: argparse.Namespace, kind: type[Any]) -> Any:
     """Returns a dataclass whose fields are the parsed options of the same names."""
     return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
+
+
+def place(text: str) -> Path:
+    """A file or folder; its name can be written into other files."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path; name one, such as . for this folder")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; rename it") from None
+    return Path(text)
 
 
 def count(text: str) -> int:

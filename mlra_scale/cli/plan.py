@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import add_overrides, configuration, count, positive
+from mlra_scale.cli.options import add_overrides, configuration, count, place, positive
 from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cluster", default="h100", metavar="NAME", help="h100 (default), a100, h200 or cpu, which the rest changes"
     )
     start.add_argument(
-        "--cluster-file", type=Path, metavar="FILE", help="constants that sbatch slurm/check.sh has measured, instead"
+        "--cluster-file",
+        type=place,
+        metavar="FILE",
+        help="constants that sbatch slurm/check.sh has measured, instead",
     )
     add = parser.add_argument
     add("--nodes", type=count, metavar="N", help="number of nodes (default: 1)")
@@ -47,8 +50,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link-gbps-intra", type=positive, metavar="X", help="Gbit/s that a device sends within its node")
     add("--link-gbps-inter", type=positive, metavar="Y", help="Gbit/s that a device sends to other nodes")
     add("--top", type=count, default=10, metavar="K", help="how many layouts to list (default: 10)")
-    add("--json", type=Path, metavar="FILE", help="write every layout that fits, with all numbers")
-    add("--plot", type=Path, metavar="FILE.png", help="draw memory and step time of the listed layouts")
+    add("--json", type=place, metavar="FILE", help="write every layout that fits, with all numbers")
+    add("--plot", type=place, metavar="FILE.png", help="draw memory and step time of the listed layouts")
     add_overrides(parser, "single fields, such as parallel.tensor=2")
 
 
@@ -65,6 +68,9 @@ def _run(options: argparse.Namespace) -> int:
     from mlra_scale.planning.plan_text import commands, found_text, listed, nothing_fits
     from mlra_scale.planning.search import search
 
+    for flag, file in (("--plot", options.plot), ("--json", options.json)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise InputError(f"{flag} {file}: there is no folder {file.parent}")
     if options.plot is not None:
         _check_plot(options.plot)
     cluster = _cluster(options)

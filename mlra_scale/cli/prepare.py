@@ -9,11 +9,10 @@ import shlex
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import seed, settings_of
+from mlra_scale.cli.options import place, seed, settings_of
 from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +45,13 @@ The same command continues an interrupted preparation of more than a minute.
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", required=True, type=Path, metavar="FOLDER", help="folder to make; it appears when it is finished")
+    add(
+        "--output",
+        required=True,
+        type=place,
+        metavar="FOLDER",
+        help="folder to make; it appears when it is finished",
+    )
     add(
         "--source",
         dest="sources",
@@ -65,7 +70,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--mixture",
-        type=Path,
+        type=place,
         metavar="FILE.yaml",
         help="several data sets with weights instead of --source: NAME: {weight: W, sources: [...]} (docs/data.md)",
     )
@@ -95,7 +100,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-bpe-bytes", type=_count, default=10**8, metavar="N", help="on at most this much text (default: 100e6)")
     add("--end-of-document", metavar="TOKEN", help="token that ends documents (default: the tokenizer's eos token)")
     add("--validation-fraction", type=_fraction, default=0.01, metavar="F", help="share of documents (default: 0.01)")
-    add("--seed", type=seed, default=0, help="seed of the train/validation split (default: 0)")
+    add("--seed", type=partial(seed, bits=63), default=0, help="seed of the train/validation split (default: 0)")
     add(
         "--workers",
         type=partial(_count, largest=1024),
@@ -105,11 +110,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
     add("--quiet", dest="progress", action="store_false", help="no progress bar")
-    add("--verify", action=_Verify, type=Path, metavar="FOLDER", help="check all of a finished data set, and stop")
+    add("--verify", action=_Verify, type=place, metavar="FOLDER", help="check all of a finished data set, and stop")
     add(
         "--lengths",
         action=_Lengths,
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="print how long the documents of a finished data set are, draw FOLDER/lengths.png, and stop",
     )

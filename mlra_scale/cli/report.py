@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlra_scale.cli.command import Command
+from mlra_scale.cli.options import place
 from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
@@ -25,14 +26,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "paths",
-        type=Path,
+        type=place,
         nargs="+",
         metavar="FOLDER",
         help="run directory, several of them to compare, or a sweep's output folder",
     )
     add(
         "--output",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="where to write (default: the folder report in FOLDER; of several runs, beside the first one)",
     )

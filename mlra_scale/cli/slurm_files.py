@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlra_scale import bundled
 from mlra_scale.cli.command import Command
+from mlra_scale.cli.options import place
 from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
@@ -21,7 +22,7 @@ exit codes: 0; 2 a file of another content is there
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for slurm/ and ds_configs/; made if need be")
+    parser.add_argument("folder", type=place, metavar="DIR", help="folder for slurm/ and ds_configs/; made if need be")
 
 
 def _run(options: argparse.Namespace) -> int:

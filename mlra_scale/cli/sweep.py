@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import add_overrides, count
+from mlra_scale.cli.options import add_overrides, count, place
 
 if TYPE_CHECKING:
     from mlra_scale.study.grid import Cell
@@ -32,8 +32,8 @@ stopped by Ctrl-C
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY.yaml", help="the study (format: docs/studies/README.md)")
-    add("--output", type=Path, metavar="DIR", help="output folder (default: runs/NAME of the study)")
+    add("study", type=place, metavar="STUDY.yaml", help="the study (format: docs/studies/README.md)")
+    add("--output", type=place, metavar="DIR", help="output folder (default: runs/NAME of the study)")
     add("--jobs", type=count, default=1, metavar="N", help="number of cells that are run at once (default: 1)")
     add("--dry-run", action="store_true", help="list the cells and their sizes, and stop")
     add("--cell", metavar="INDEX|NAME", help="run this cell only")

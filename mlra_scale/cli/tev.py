@@ -6,11 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlra_scale.cli.command import Command
-from mlra_scale.cli.options import count, json_output
+from mlra_scale.cli.options import count, json_output, place
 
 if TYPE_CHECKING:
     from mlra_scale.stability.tev_folder import EmbeddingReport
@@ -24,7 +23,12 @@ EXAMPLES = """examples:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", type=Path, metavar="PATH", help="checkpoint folder (safetensors, sharded too) or a .safetensors file")
+    add(
+        "path",
+        type=place,
+        metavar="PATH",
+        help="checkpoint folder (safetensors, sharded too) or a .safetensors file",
+    )
     add("--tensor", metavar="NAME", help="the tensor to measure (default: found by its name, and an untied head)")
     add("--tokens", type=count, metavar="N", help="number of real tokens (default: vocab_size of config.json)")
     add("--extremes", type=count, default=0, metavar="N", help="list the N highest and lowest tokens")

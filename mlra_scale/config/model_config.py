@@ -18,11 +18,11 @@ PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 class ModelConfig(Section):
     """Shape, attention and initialization of the model (GPT-2: pre-LN, tanh GELU, learned positions, tied head)."""
 
-    vocab_size: int = Field(50257, ge=2)
+    vocab_size: int = Field(50257, ge=2, le=10**7)
     """Number of real tokens; rows added by padding never count."""
     vocab_padding_multiple: int = Field(128, ge=1)
     """The embedding's rows are padded to a multiple of this, whatever the tensor-parallel degree."""
-    max_positions: int = Field(1024, ge=1)
+    max_positions: int = Field(1024, ge=1, le=10**7)
     """Number of learned positions: the longest possible sequence."""
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
     """Number of transformer blocks: the depth."""

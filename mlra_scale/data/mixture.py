@@ -76,9 +76,7 @@ def read_mixture(path: Path) -> list[Component]:
     try:
         content = _FILE.validate_python(yaml_text.load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("_Source", "str"))
-        raise DataError(f"{path}: {where or 'the file'}: {first['msg']} (docs/data.md, 'Mixtures')") from error
+        raise DataError(f"{path}: {'; '.join(_problems(error))} (docs/data.md, 'Mixtures')") from error
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     except OSError as error:
@@ -87,6 +85,20 @@ def read_mixture(path: Path) -> list[Component]:
         if not _FOLDER_NAME.fullmatch(name):
             raise DataError(f"{path}: {name!r} names a folder: use letters, digits, - and _")
     return [Component(name, [_named(each) for each in entry.sources], entry.weight) for name, entry in content.items()]
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Every problem with its place and value; of an entry that may be a text or a mapping, those of what it is."""
+    found = []
+    for entry in error.errors():
+        place, given = entry["loc"], entry["input"]
+        other = "str" if isinstance(given, dict) else "_Source" if isinstance(given, str) else None
+        if place and place[-1] == other:
+            continue
+        where = ".".join(str(part) for part in place if part not in ("_Source", "str")) or "the file"
+        value = "" if entry["type"] == "missing" else f" = {given!r:.60}"
+        found.append(f"{where}{value}: {entry['msg'][0].lower()}{entry['msg'][1:]}")
+    return found
 
 
 def _named(entry: str | _Source) -> SourceName:

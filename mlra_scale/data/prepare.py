@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +23,14 @@ from mlra_scale.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, VERSION, M
 from mlra_scale.data.mixture import MIXTURE_NAME, mixture_text
 from mlra_scale.data.options import PrepareOptions
 from mlra_scale.data.sources import Source, open_sources
-from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_sha256, train_bpe, trained_bpe
+from mlra_scale.data.tokenizer import (
+    END_OF_TEXT,
+    LoadedTokenizer,
+    load_tokenizer,
+    tokenizer_sha256,
+    train_bpe,
+    trained_bpe,
+)
 from mlra_scale.data.unfinished import identity_of, read_progress, remove_progress
 from mlra_scale.files import empty, new_folder, partial_of, sync_tree
 
@@ -41,6 +49,11 @@ def prepare(options: PrepareOptions) -> list[Manifest]:
     """
     if not 0.0 < options.validation_fraction < 1.0:
         raise DataError(f"--validation-fraction {options.validation_fraction} is not between 0 and 1")
+    if options.train_bpe is not None and options.end_of_document is not None:
+        raise DataError(
+            f"--end-of-document {options.end_of_document} is for a tokenizer that exists; documents of a BPE that is "
+            f"trained here end with {END_OF_TEXT}"
+        )
     check_free(options.output, options.overwrite)
     named = [source for component in options.components for source in component.sources]
     sources = open_sources(named)
@@ -55,9 +68,10 @@ def prepare(options: PrepareOptions) -> list[Manifest]:
                     reason = _cannot_be_written(error, options.output) if isinstance(error, OSError) else error
                     raise DataError(f"{reason}; {note_of_kept(options.output)}") from error
                 raise
+            # What cannot be read back does not replace anything.
+            return [read_manifest(folder / component.name) for component in options.components]
     except OSError as error:
         raise _cannot_be_written(error, options.output) from error
-    return [read_manifest(options.output / component.name) for component in options.components]
 
 
 def _cannot_be_written(error: OSError, output: Path) -> DataError:
@@ -135,7 +149,12 @@ def output_folder(
 
 def check_free(final: Path, overwrite: bool) -> None:
     """Raises DataError if the folder cannot be made; a cheap check before any work."""
-    if not final.exists():
+    try:
+        is_there = os.path.lexists(final) and bool(final.stat())
+    except OSError as error:
+        where = f"{final}, a link to {os.readlink(final)}," if final.is_symlink() else final
+        raise DataError(f"{where} cannot be used: {error.strerror}; choose another --output") from error
+    if not is_there:
         return
     if not final.is_dir():
         raise DataError(f"{final} exists and is not a folder; choose another --output")
@@ -151,7 +170,8 @@ def _tokenizer(corpora: Sequence[Corpus], options: PrepareOptions, folder: Path)
     if options.train_bpe is None:
         return load_tokenizer(options.tokenizer, options.end_of_document)
     if read_progress(folder) is not None:
-        return trained_bpe(folder / TOKENIZER_FOLDER, options.train_bpe)
+        with contextlib.suppress(DataError):  # damaged or gone: the same one is trained again
+            return trained_bpe(folder / TOKENIZER_FOLDER, options.train_bpe)
     whole = sum(component.weight for component in options.components)
 
     def texts() -> Iterator[str]:

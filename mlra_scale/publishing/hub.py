@@ -56,8 +56,9 @@ def check_access(repository: str, is_private: bool = False) -> None:
     if silent := unreachable_hub():
         raise HubError(f"{what}: {silent} does not answer")
     api = HfApi()
-    with _errors(what, _LOGIN):
+    with _errors(what, "name it OWNER/NAME, of letters, digits, -, _ and ."):
         validate_repo_id(repository)
+    with _errors(what, _LOGIN):
         user = api.whoami()
         if fault := _may_not_write(user, repository.partition("/")[0]):
             raise HubError(f"{what}: {fault}")
@@ -165,5 +166,5 @@ def _errors(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         from huggingface_hub import constants
 
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise HubError(f"{what} ({constants.ENDPOINT}): {reason}; {remedy}") from error

@@ -54,10 +54,12 @@ def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
         values that they keep.
 
     Raises:
-        ValueError: It is no matrix, or has no `rank` singular values.
+        ValueError: It is no matrix of finite numbers, or has no `rank` singular values.
     """
     if weight.dim() != 2 or not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank is {rank}, of weights {list(weight.shape)}; use 1 to the smaller side of a matrix")
+    if weight.is_meta or not weight.isfinite().all():
+        raise ValueError(f"the weights {list(weight.shape)} are not finite numbers, or on the meta device")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
     roots = singular[:rank].sqrt()

@@ -170,7 +170,8 @@ def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndar
         mean_embedding_norm=mean_embedding_norm,
         mean_row_rms=rms.mean,
         num_tokens=request.num_tokens,
-        highest=_first(-values, values, request.extremes),
+        # A token with elements that are not finite has no TEV, and is what one looks for.
+        highest=_first(np.where(np.isnan(values), -np.inf, -values), values, request.extremes),
         lowest=_first(values, values, request.extremes),
     )
 
@@ -199,6 +200,8 @@ def tev_of_matrix(
         matrix = np.asarray(matrix)
         if matrix.dtype.kind not in "biuf":
             raise ValueError(f"it is no model and no matrix of real numbers, but {matrix.dtype} {list(matrix.shape)}")
+        if matrix.dtype.kind == "f":  # of any order of bytes and elements, and of any precision
+            matrix = matrix.astype(np.float64 if matrix.itemsize > 8 else matrix.dtype.newbyteorder("="), order="C")
         matrix = torch.from_numpy(matrix)
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ValueError(f"an embedding is a matrix of real numbers, not {matrix.dtype} {list(matrix.shape)}")

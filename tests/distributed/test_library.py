@@ -126,6 +126,8 @@ def train_with_monitor(rank: int, world_size: int, folder: str) -> list[tuple[in
         engine.step()
     with pytest.raises(ValueError, match="every is -1"):
         mlra_scale.attach_tev(engine, every=-1)
+    with pytest.raises(ValueError, match="engine is a TinyModel; give what deepspeed"):
+        mlra_scale.attach_tev(model)
     with pytest.raises(ValueError, match="'tokens' names none"):
         mlra_scale.attach_tev(engine, embedding="tokens")
     return attached.history

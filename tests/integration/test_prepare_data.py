@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 from mlra_scale.cli.prepare import COMMAND
 from mlra_scale.config import load_config
-from mlra_scale.data import check_data
-from mlra_scale.data.manifest import manifest_text, read_manifest
+from mlra_scale.data import DataError, check_data
+from mlra_scale.data.manifest import Manifest, manifest_text, read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.processes import Program, tool
 from tests.unit.data.builders import flip, gpt2_files, write_jsonl
@@ -196,6 +196,9 @@ BAD_INPUTS: dict[str, tuple[list[str], str]] = {
     "tiny vocabulary": (["--source", GOOD, "--train-bpe", "100"], "need 257 tokens"),
     "no tokenizer file": (["--source", GOOD, "--tokenizer", "IN/t.json"], "t.json does not exist"),
     "taken": (["--source", GOOD, "--output", "IN", *TRAIN_BPE], "was not made by this tool"),
+    "link": (["--source", GOOD, "--output", "IN/link", *TRAIN_BPE], "link to nowhere, cannot be used: No such file"),
+    "long": (["--source", GOOD, "--output", "IN/" + 300 * "a", *TRAIN_BPE], "cannot be written: File name too long"),
+    "end": (["--source", GOOD, "--end-of-document", "<end>", *TRAIN_BPE], "a BPE that is trained here end with <|end"),
 }
 
 
@@ -210,6 +213,7 @@ def test_bad_input_is_one_message_code_2_and_nothing_left(
     (source / "bad.jsonl").write_text('{"text": "good"}\n{"text": "cut off\n')
     (source / "empty.jsonl").write_text('{"text": ""}\n\n')
     train_bpe(texts(20), 280).tokenizer.save(str(source / "small.json"))
+    (source / "link").symlink_to("nowhere")
     before = digests(tmp_path)
     assert run("--output", out, *(argument.replace("IN", str(source), 1) for argument in arguments)) == 2
     captured = capsys.readouterr()
@@ -236,7 +240,8 @@ def test_bad_flags_end_with_code_2(arguments: list[str]) -> None:
         ("--train-bpe-bytes", ["inf", "1e19", "x"], "is not a whole number from 1 to"),
         ("--max-bytes", ["inf", "0.5"], "is not a whole number from 1 to"),
         ("--workers", ["0", "inf", "1e9"], "is not a whole number from 1 to 1024"),
-        ("--seed", ["-1", "1.5", "x"], "is not a whole number from 0 on"),
+        ("--seed", ["-1", "1.5", "x", str(2**63)], "is not a whole number from 0 to 2^63 - 1"),
+        ("--output", ["", "\udce9"], "is not"),
         ("--validation-fraction", ["1 %", "x"], "is not a number between 0 and 1"),
     ],
 )
@@ -249,6 +254,22 @@ def test_bad_numbers_name_flag_and_range(
         error = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2 and error.startswith(f"prepare_data.py: error: argument {flag}: {value!r} is not")
         assert message in error
+
+
+def test_what_cannot_be_read_back_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(300)), tmp_path / "set"
+    choice = ["--output", out, "--source", source, "--overwrite", *TRAIN_BPE]
+    assert run(*choice) == 0
+    before = digests(out)
+
+    def refused(folder: Path) -> Manifest:
+        raise DataError(f"{folder} is damaged")
+
+    monkeypatch.setattr("mlra_scale.data.prepare.read_manifest", refused)
+    assert run(*choice, "--seed", "1") == 2 and "is damaged" in capsys.readouterr().err
+    assert digests(out) == before and sorted(os.listdir(tmp_path)) == ["a.jsonl", "set"]
 
 
 def test_verify_needs_no_other_option_and_says_what_is_damaged(

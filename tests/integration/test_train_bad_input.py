@@ -113,6 +113,8 @@ def test_everything_at_once(refused: Refused) -> None:
 def test_no_run_directory(training_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main([*DEBUG, f"data.path={training_data}"]) == ExitCode.BAD_INPUT
     has(capsys.readouterr().err, "--run-dir", "is required")
+    assert entry.main([*DEBUG, "--run-dir", ""]) == 2
+    has(capsys.readouterr().err, "--run-dir", "is empty; name a directory")
 
 
 def test_in_a_process_of_its_own(tmp_path: Path, training_data: Path) -> None:

@@ -127,6 +127,18 @@ def test_a_folder_appears_whole_and_replaces_an_older_one(tmp_path: Path) -> Non
         assert (target / "sub" / "file").read_text() == content and names(target.parent) == ["set"]
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    build(tmp_path / "disk", "one")
+    (tmp_path / "set").symlink_to("disk")
+    build(tmp_path / "set", "two")
+    assert names(tmp_path) == ["disk", "set"] and not (tmp_path / "set").is_symlink()
+    assert [(tmp_path / name / "sub" / "file").read_text() for name in ("disk", "set")] == ["one", "two"]
+    (tmp_path / "lost").symlink_to("not mounted")
+    with pytest.raises(FileNotFoundError, match="link to a place that is not there"):
+        build(tmp_path / "lost", "three")
+    assert names(tmp_path) == ["disk", "lost", "set"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_neither_folder_nor_parents(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), new_folder(tmp_path / "a" / "set", BUSY) as folder:

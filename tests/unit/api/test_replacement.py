@@ -76,6 +76,29 @@ def test_new_factors_begin_with_the_chosen_spread_and_keep_biases() -> None:
     assert torch.equal(torch.cat([getattr(attention.c_attn, name).up.bias for name in "qkv"]), biases)
 
 
+def test_frozen_weights_stay_frozen() -> None:
+    model = random_gpt2().eval().requires_grad_(False)
+    model.transformer.h[1].requires_grad_(True)
+    replace_attention_projections(model, 8, "qko")
+    for turn in range(2):
+        for number, block in enumerate(model.transformer.h):
+            assert {parameter.requires_grad for parameter in block.parameters()} == {number == 1}, turn
+        assert not any(module.training for module in model.modules())
+        merge_attention_projections(model)
+
+
+def test_a_model_of_which_one_block_cannot_be_replaced_is_left_as_it_was() -> None:
+    model = random_gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan
+    before = [*model.state_dict()]
+    with pytest.raises(ValueError, match=r"the weights \[32, 32\] are not finite numbers"):
+        replace_attention_projections(model, 4)
+    assert [*model.state_dict()] == before
+    with pytest.raises(ValueError, match="or on the meta device"):
+        replace_attention_projections(random_gpt2().to("meta"), 4)
+
+
 def test_types_are_kept() -> None:
     model = random_gpt2().to(torch.bfloat16)
     replace_attention_projections(model, 8, ("q", "v"))

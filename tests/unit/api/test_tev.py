@@ -91,6 +91,36 @@ def test_what_cannot_be_found_is_an_error_that_lists_what_there_is() -> None:
         mlra_scale.tev(both)
 
 
+def test_embeddings_that_share_or_compute_their_weight() -> None:
+    shared = nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Embedding(9, 4)})
+    shared["b"].weight = shared["a"].weight
+    assert mlra_scale.tev(shared) == mlra_scale.tev(shared["a"].weight)
+    computed = nn.utils.parametrizations.weight_norm(nn.Embedding(9, 4))
+    assert mlra_scale.tev(computed) == mlra_scale.tev(computed.weight)
+
+
+def test_arrays_of_any_layout() -> None:
+    matrix = np.random.default_rng(3).normal(size=(9, 4))
+    expected = mlra_scale.tev(matrix)
+    read_only = matrix.copy()
+    read_only.flags.writeable = False
+    for same in (
+        matrix[::-1][::-1],
+        matrix.astype(">f8"),
+        matrix.astype(np.longdouble),
+        read_only,
+        np.asfortranarray(matrix),
+    ):
+        assert mlra_scale.tev(same) == expected
+
+
+def test_tokens_that_are_not_finite_are_the_highest() -> None:
+    matrix = np.random.default_rng(3).normal(size=(9, 4))
+    matrix[5, 2] = np.nan
+    (token, value), _ = mlra_scale.tev(matrix, extremes=2).highest
+    assert token == 5 and np.isnan(value)
+
+
 def test_what_is_no_whole_embedding_is_refused() -> None:
     with pytest.raises(ValueError, match="FSDP 1"):
         mlra_scale.tev(torch.ones(30))

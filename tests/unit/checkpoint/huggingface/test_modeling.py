@@ -191,6 +191,7 @@ def test_hidden_states_and_attention_weights(tokens: torch.Tensor) -> None:
         ({"hidden_size": 30}, "hidden_size 30 is not divisible by num_attention_heads 4"),
         ({"factorised_projections": ["q", "x"]}, "not x"),
         ({"attention_rank": None}, "attention_rank is None; use 1 to"),
+        ({"num_attention_heads": 0}, "is not divisible by num_attention_heads 0; use"),
         ({"attention_rank": 1000}, "attention_rank is 1000; use 1 to"),
     ],
 )
