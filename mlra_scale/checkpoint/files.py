@@ -14,6 +14,8 @@ from mlra_scale.config.json_text import printable
 from mlra_scale.console import InputError
 from mlra_scale.files import name_errors
 
+SHARED_DISK = "checkpoints must lie on a disk that all ranks share, and nothing else may move them during a run"
+
 
 class CheckpointError(InputError, RuntimeError):
     """A checkpoint cannot be written or read; the text names the file, the fault and the remedy.
@@ -62,7 +64,7 @@ def _remedy(error: OSError, path: Path, action: str) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"see that this user may write to {path.parent}, or name another run directory"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "checkpoints must lie on a disk that all ranks share, and nothing else may move them during a run"
+        return SHARED_DISK
     return f"check the disk of {path.parent}"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import zlib
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -28,19 +29,29 @@ def checkpoint_name(step: int) -> str:
 
 
 def latest(folder: Path) -> Path | None:
-    """Returns the checkpoint that `latest` names, whether it exists or not; None where there is no such file."""
+    """Returns the checkpoint that `latest` names, whether it exists or not; None where there is no such file.
+
+    A second line is the checksum of the name, which earlier versions have not written.
+    """
     try:
-        name = (folder / LATEST).read_text(encoding="ascii").strip()
+        name, *checksum = (folder / LATEST).read_text(encoding="ascii").split()
+        if checksum and checksum != [_checksum(name)]:
+            return folder / LATEST
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (UnicodeDecodeError, OSError):
+    except (ValueError, OSError):
         return folder / LATEST  # damaged, a folder, or not for this user: no checkpoint
     return folder / Path(name).name
 
 
 def set_latest(folder: Path, checkpoint: Path) -> None:
     """Makes `latest` name a checkpoint of the folder, atomically, and waits until that is on disk."""
-    files.write_atomically(folder / LATEST, f"{checkpoint.name}\n")
+    files.write_atomically(folder / LATEST, f"{checkpoint.name}\n{_checksum(checkpoint.name)}\n")
+
+
+def _checksum(name: str) -> str:
+    """Of a name, so that a flipped bit does not lead to another checkpoint."""
+    return f"crc32:{zlib.crc32(name.encode()):08x}"
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

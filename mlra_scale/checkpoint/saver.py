@@ -8,6 +8,7 @@ can ever interfere with one of training. An error of any rank is raised on all r
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -197,6 +198,14 @@ class Saver:
         """Waits for the save in flight, if there is one; otherwise as `poll`."""
         self._complete_job()
         return self._take_finished()
+
+    def cancel(self) -> None:
+        """Ends the save in flight, whatever becomes of it; one that is being completed at this moment is completed."""
+        if self._job is not None and not self._job.is_committing:
+            self._job.cancel.set()
+        with contextlib.suppress(CheckpointError):
+            self._complete_job()
+        self._finished.clear()
 
     def abandon(self) -> None:
         """Cancels the save in flight; for use when a rank has failed. It is not collective and does not wait for long.

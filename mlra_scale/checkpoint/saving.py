@@ -16,7 +16,7 @@ import torch
 
 from mlra_scale.checkpoint import failpoints, retention
 from mlra_scale.checkpoint.copies import Digests, collect, digests_on_device
-from mlra_scale.checkpoint.files import CheckpointError, FileEntry, size_fault, system_errors, write_file
+from mlra_scale.checkpoint.files import SHARED_DISK, CheckpointError, FileEntry, size_fault, system_errors, write_file
 from mlra_scale.checkpoint.fragments import (
     FRAGMENTS,
     PARTS,
@@ -32,6 +32,7 @@ from mlra_scale.checkpoint.safetensors_file import NamedTensors, spec_of, write_
 from mlra_scale.checkpoint.state_contents import write_small_files
 from mlra_scale.config import Config, engine_kind, zero_stage
 from mlra_scale.files import sync
+from mlra_scale.model.bit_checksum import position_weights
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
@@ -176,6 +177,7 @@ def _reading(
     """Returns `read` and `before_change` of a snapshot, see there, of which `start` starts the work on a stream."""
     if device.type == "cuda" and is_on_device:
         training, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        position_weights(device)  # kept for both streams, so made on the one that the other waits for
         stream.wait_stream(training)
         with torch.cuda.stream(stream):
             digests = start()
@@ -337,9 +339,7 @@ def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int
         for name, entry in manifest.files.items():
             # Other ranks' files are missing where every machine has a disk of its own.
             if fault := size_fault(unfinished / name, entry):
-                raise CheckpointError(
-                    f"{fault}, as rank 0 sees it; checkpoints must lie on a disk that all ranks share"
-                )
+                raise CheckpointError(f"{fault}, as rank 0 sees it; {SHARED_DISK}")
         write_file(unfinished / MANIFEST, manifest.to_json())
         sync(unfinished)
         failpoints.reached("before-rename")

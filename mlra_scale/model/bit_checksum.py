@@ -16,6 +16,8 @@ BLOCK = 2**18
 """Positions whose weights are kept on a device, 8 bytes each; one weight more belongs to each block."""
 _ACROSS = 0xC2B2AE3D27D4EB4F
 MODULUS = 2**64
+FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)
+"""Places of a pass at which ranks take checksums, as a wrong value spreads (parallel/checksums.py)."""
 _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,7 +25,7 @@ _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bit_checksum(values: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Returns the checksum of elements start, start + 1, ... of a flattened tensor, an int64 scalar on their device."""
     lanes = values.detach().reshape(-1).view(_LANES[values.element_size()])
-    weights = _weights(values.device)
+    weights = position_weights(values.device)
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     position, stop = start, start + lanes.numel()
     while position < stop:
@@ -36,8 +38,11 @@ def bit_checksum(values: torch.Tensor, start: int = 0) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _weights(device: torch.device) -> torch.Tensor:
-    """Returns an odd number for every position of a block."""
+def position_weights(device: torch.device) -> torch.Tensor:
+    """Returns an odd number for every position of a block, made at the first call on the stream of that call.
+
+    A stream whose checksums are the first ones would not be waited for by the others: call it on theirs before.
+    """
     return hash_int64(torch.arange(BLOCK, device=device)) | 1
 
 

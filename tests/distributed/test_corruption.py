@@ -4,6 +4,7 @@ And in real runs: a flipped bit takes the run back, and it ends like one that no
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from mlra_scale.checkpoint.retention import latest
+from mlra_scale.checkpoint import saver
+from mlra_scale.checkpoint.retention import checkpoint_name, latest
+from mlra_scale.checkpoint.saving import Cancelled, write_share
 from mlra_scale.config import Config
-from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.interruption import Watchdog
+from mlra_scale.training.loop.checkpoints import Checkpoints
 from tests.faults import corruption
 from tests.support.flips import PLACES, Flip, Injector, bench
 from tests.support.layouts import DROPOUT, NORMS, OFFLOADED, Layout, layout_config, pieces
@@ -172,9 +176,17 @@ def corrupted(flips: dict[int, Flip], is_lasting: bool) -> Iterator[None]:
 
 
 def run_on_rank(
-    rank: int, world: int, flips: dict[int, Flip], is_lasting: bool, has_job: bool, arguments: list[str]
+    rank: int,
+    world: int,
+    flips: dict[int, Flip],
+    is_lasting: bool,
+    has_job: bool,
+    slow_save: int | None,
+    arguments: list[str],
 ) -> Finished:
     with contextlib.ExitStack() as stack:
+        if slow_save is not None:
+            stack.enter_context(stopped_during_the_way_back(slow_save))
         stack.enter_context(corrupted(flips, is_lasting))
         stack.enter_context(mock.patch.object(Watchdog, "exclude", return_value=has_job))
         return main_on_rank(rank, world, tuple(arguments))
@@ -189,11 +201,12 @@ def made(
     flips: dict[int, Flip] | None = None,
     is_lasting: bool = False,
     has_job: bool = False,
+    slow_save: int | None = None,
     code: int = 0,
 ) -> str:
     """Runs the command line on the ranks of a pool; returns what rank 0 has printed."""
     command = base_command(folder, data, *TRAINING, *arguments)
-    finished = pools(world).run(run_on_rank, flips or {}, is_lasting, has_job, command, timeout=300.0)
+    finished = pools(world).run(run_on_rank, flips or {}, is_lasting, has_job, slow_save, command, timeout=300.0)
     assert {each.code for each in finished} == {code}, finished[0].stdout[-2000:] + finished[0].stderr[-2000:]
     return finished[0].stdout
 
@@ -201,7 +214,7 @@ def made(
 def assert_same_end(folder: Path, undisturbed: Path) -> None:
     for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
         assert curve(folder, name) == curve(undisturbed, name), name
-    assert [item["step"] for item in metrics(folder)] == list(range(1, 13)), "every step once"
+    assert [item["step"] for item in metrics(folder) if item["step"]] == list(range(1, 13)), "every step once"
     one, other = store_of(folder, 12), store_of(undisturbed, 12)
     for name in one.table:
         for part in one.parts(name):
@@ -225,6 +238,40 @@ def test_a_wrong_step_takes_the_run_back_to_a_confirmed_checkpoint_and_nothing_i
     assert "rank 0 on" in printed and "holds weights or moments that changed" in printed
     assert_same_end(folder, whole)
     assert events(whole)[-1]["event"] == "finished" and returns(whole) == []
+
+
+@contextlib.contextmanager
+def stopped_during_the_way_back(slow_save: int) -> Iterator[None]:
+    """The save of one step lasts until it is cancelled, and the run ends before the good checkpoint is loaded."""
+
+    def held(folder: Path, save_id: str, topology: Any, snapshot: Any, cancel: threading.Event) -> Any:
+        if checkpoint_name(slow_save) not in folder.name:
+            return write_share(folder, save_id, topology, snapshot, cancel)
+        snapshot.read()
+        assert cancel.wait(60.0), "it was waited for"
+        raise Cancelled
+
+    error = TrainingStopped("ended", {}, ExitCode.CHECKPOINT_FAILED)
+    with mock.patch.object(saver, "write_share", held), mock.patch.object(Checkpoints, "roll_back", side_effect=error):
+        yield
+
+
+def test_a_run_that_ends_on_its_way_back_continues_from_the_good_checkpoint(
+    worker_pool: Pools, training_data: Path, tmp_path: Path
+) -> None:
+    """Nobody would find the corruption again; the checkpoints since the good one may hold it."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    made(worker_pool, whole, training_data, "evaluation.every=9")
+    flips = {9: Flip("gradient", 1, 0, BIT)}
+    wanted = [*CHECKS, "checkpoint.asynchronous=true", "evaluation.every=9", "--resume", "auto"]
+    code = ExitCode.CHECKPOINT_FAILED
+    made(worker_pool, folder, training_data, *wanted, flips=flips, slow_save=8, code=code)
+    pointer = latest(folder / "checkpoints")
+    assert pointer is not None and pointer.name == "step-00000004"
+    assert [event["step"] for event in events(folder) if event["event"] == "corruption"] == [9]
+    assert "validation_loss" not in metrics(folder)[-1], "nothing that takes time comes before"
+    made(worker_pool, folder, training_data, *wanted)
+    assert_same_end(folder, whole)
 
 
 @pytest.mark.slow

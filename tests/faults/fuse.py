@@ -2,8 +2,9 @@
 
 It passes a folder through by the kernel's FUSE protocol (linux/fuse.h, version 7.31), spoken over /dev/fuse by one
 process of the standard library: no libfuse is needed. The errors are those that the kernel gives to a system call, so
-what writes by whatever library meets them. Stopped by SIGSTOP, the process leaves every access waiting, as a file
-server that is gone does. `python fuse.py BEHIND MOUNTED` serves until its standard input closes.
+what writes by whatever library meets them. Two names cannot be exchanged (renameat2). Stopped by SIGSTOP, the process
+leaves every access waiting, as a file server that is gone does. `python fuse.py BEHIND MOUNTED` serves until its
+standard input closes.
 """
 
 import contextlib
@@ -162,7 +163,6 @@ class Fuse:
         return self.entry(node, body[16:]) + struct.pack("<QII", handle, 0, 0)
 
     def read(self, node: int, body: bytes) -> bytes:
-        self.check("read")
         handle, offset, size = struct.unpack_from("<QQI", body)
         return os.pread(handle, size, offset)
 
@@ -268,7 +268,7 @@ class FaultyDisk:
         """Lets an operation fail from now on; without a kind, none.
 
         Args:
-            kind: "create" (of files and folders), "write" (a change of the size too), "fsync", "rename" or "read".
+            kind: "create" (of files and folders), "write" (a change of the size too), "fsync" or "rename".
             number: Which of them, counted from this call on.
             error: What the system call returns.
             stays: Whether the later ones fail too.

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from mlra_scale.checkpoint import CheckpointError, Store
-from mlra_scale.checkpoint.retention import newest_complete
+from mlra_scale.checkpoint.retention import latest
 from mlra_scale.cluster.job_file import JobAttempt, JobFile, read_job_file
 from mlra_scale.config import ConfigError, load_config
 from mlra_scale.console import InputError
@@ -128,13 +128,14 @@ def flipped(content: bytes, place: float, bit: int) -> bytes:
 
 
 def make_checkpoint(bench: Bench, folder: Path) -> None:
-    """A checkpoint of two ranks, with a tokenizer and buffers; and `latest`."""
+    """A checkpoint of two ranks, with a tokenizer and buffers; a later one; and `latest`, which names the first."""
     import torch
 
     from tests.unit.checkpoint.builders import Layout, write_checkpoint, write_tokenizer
 
     tokenizer = write_tokenizer(folder.parent / "tokenizer")
     buffers = {"vector": torch.arange(3.0)}
+    write_checkpoint(folder, 3)  # to whose name one bit leads
     write_checkpoint(folder, 1, Layout(2), buffers=buffers, tokenizer=tokenizer)
 
 
@@ -147,9 +148,11 @@ def checkpoint(folder: Path) -> Any:
 
 
 def newest(folder: Path) -> Any:
-    """The checkpoint that a start finds."""
-    found = newest_complete(folder)
-    return found and found.name
+    """The checkpoint that `latest` names."""
+    pointer = latest(folder)
+    if pointer is None or not (pointer / "manifest.json").is_file():
+        raise CheckpointError(f"{folder / 'latest'} names {pointer}, which is no checkpoint")
+    return pointer.name
 
 
 def data(folder: Path) -> Any:

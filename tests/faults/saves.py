@@ -113,10 +113,12 @@ class Chain:
             while time.perf_counter() < end and not launch.has_ended():
                 time.sleep(0.02)
             ranks = launch.ranks()
-            for rank in victims:
-                if rank in ranks:
-                    os.kill(ranks[rank], signal.SIGKILL)
-            return launch.wait() == 0
+            struck = [ranks[rank] for rank in victims if rank in ranks]
+            for process in struck:
+                os.kill(process, signal.SIGKILL)
+            code = launch.wait()
+            assert code == 0 or struck, f"it ended by itself: {log_of(self.run).read_text()[-3000:]}"
+            return code == 0
         finally:
             launch.end()
 

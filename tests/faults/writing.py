@@ -294,7 +294,8 @@ WRITERS = (
         lambda folder, elsewhere: RunDirectory(folder / "run").create(load_config("debug")),
         if_there("run/config.yaml", read_stored),
     ),
-    Writer("lock of a run", (4, 4), nothing, take_lock, lambda folder: None),
+    # An empty directory, or an empty file in it, is no harm; a lock that is not held without an error is.
+    Writer("lock of a run", (4, 4), nothing, take_lock, digests, lambda state, old, new: True),
     Writer(
         "guard.json",
         (5, 2),
@@ -328,7 +329,7 @@ WRITERS = (
         (10, 6),
         nothing,
         lambda folder, elsewhere: cached_indices(folder, "an epoch", indices) and None,
-        damaged_caches,
+        damaged_caches,  # none before and after: one that is not whole would be seen
     ),
     Writer("data set", (47, 29), nothing, prepare_data, if_there("data", digests), num_each=16, tier="slow"),
     Writer(

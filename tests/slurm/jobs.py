@@ -133,8 +133,9 @@ class Submitted:
         wait_until(lambda: self.text().count("spare ranks have loaded") == number, PATIENCE, self.text)
 
     def signal_rank(self, node: str, number: signal.Signals) -> None:
-        """Sends a signal to the first rank on a node."""
-        keeper.send(self.rank_pids(node)[:1], number)
+        """Sends a signal to the first rank on a node, which must be there."""
+        (first, *_) = self.rank_pids(node)
+        keeper.send([first], number)
 
     def nodes(self) -> list[str]:
         """Names of the job's nodes; the batch script runs on the first."""

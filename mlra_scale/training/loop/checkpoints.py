@@ -81,18 +81,22 @@ class Checkpoints:
             problem = Problem("optim.name", self._config.optim.name, remedy)
             raise TrainingStopped(str(problem), {"step": self._resume.progress.step}, ExitCode.BAD_INPUT) from error
 
-    def roll_back(self, step: int, heartbeat: Callable[[], None]) -> tuple[Progress, str | None]:
-        """Makes `latest` name an earlier checkpoint of this run, and loads it.
+    def turn_back(self, step: int) -> None:
+        """Makes `latest` name an earlier checkpoint of this run; a save in progress is cancelled.
 
-        In this order: a start after a kill continues from there, or from an earlier one where that is damaged.
+        A start after a kill then continues from there, or from an earlier one where that is damaged.
+        """
+        self._saver.cancel()
+        checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
+        on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
+
+    def roll_back(self, step: int, heartbeat: Callable[[], None]) -> tuple[Progress, str | None]:
+        """Loads the checkpoint to which the run has turned back.
 
         Returns:
             The counters to continue with, and a line about what another optimizer does not take over, if there is one.
         """
-        self.finish(step)
-        heartbeat()
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
-        on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         if faults := checkpoint_faults(checkpoint, topology):
             raise TrainingStopped("; ".join(faults), {"step": step}, ExitCode.CHECKPOINT_FAILED)
         heartbeat()

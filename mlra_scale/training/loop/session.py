@@ -217,6 +217,27 @@ class Session:
         values = {"step": step, "checkpoint": None if newest is None else str(newest)}
         return TrainingStopped(f"{when}, as a signal asked: {left}", values, ExitCode.PREEMPTED)
 
+    def turns_back(self) -> bool:
+        """Returns whether the guard takes the run back, which is then on disk, before anything that takes time.
+
+        After a kill from here on a start continues from the checkpoint of the rollback: corruption need not come again.
+        """
+        action = self.guard.actions[-1] if self.guard.actions else None
+        if action is None or action.kind != "rollback":
+            return False
+        assert action.to_step is not None
+        try:
+            self.checkpoints.turn_back(action.to_step)
+            if action.nodes:
+                note = partial(self.report.on_corruption, action)
+                on_rank_0(note, self.topology, action.step, ExitCode.CHECKPOINT_FAILED)
+        except TrainingStopped:
+            self._exclude_node(action)
+            raise
+        text = f"stopped during a rollback of the guard: --resume auto continues from step {action.to_step}"
+        self.interruption.limit(EXPENDABLE_SECONDS, text)
+        return True
+
     def after_step(self, step: Step, measured: PassResult, is_stop: bool) -> None:
         """Does what follows a step: a rollback, a stop (`is_stop`: some rank was asked to) or a checkpoint."""
         last = self.run.config.train.steps
@@ -240,11 +261,6 @@ class Session:
             raise self._given_up(last)
         if last.kind != "rollback":
             return False
-        text = f"stopped during a rollback of the guard: --resume auto continues from step {last.to_step}"
-        self.interruption.limit(EXPENDABLE_SECONDS, text)
-        if last.nodes:
-            # First: nobody would find it again, and what was saved since then may hold it.
-            on_rank_0(partial(self.report.on_corruption, last), self.topology, last.step, ExitCode.CHECKPOINT_FAILED)
         try:
             self.roll_back(last)
         except TrainingStopped:

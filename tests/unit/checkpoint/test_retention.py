@@ -127,7 +127,13 @@ def test_of_undone_steps_nothing_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"step-00000007\n", "step-00000007"), (b"../etc/x", "x"), (b"\xff\xfe", "latest"), (b"", ""), (None, "latest")],
+    [
+        (b"step-00000007\n", "step-00000007"),
+        (b"../etc/x", "x"),
+        (b"\xff\xfe", "latest"),
+        (b"", "latest"),
+        (None, "latest"),
+    ],
     ids=["names none", "leads out", "no text", "empty", "a folder"],
 )
 def test_a_damaged_pointer_leads_to_no_checkpoint(tmp_path: Path, content: bytes | None, expected: str) -> None:
