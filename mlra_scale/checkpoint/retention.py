@@ -128,6 +128,15 @@ def remove_after(folder: Path, step: int) -> list[Path]:
     return _remove(folder, [path for path in checkpoint_folders(folder) if step_named(path) > step])
 
 
+def set_aside_after(folder: Path, step: int) -> None:
+    """Renames the checkpoints of later steps to suspect-step-..., which no start takes and nothing removes."""
+    with system_errors("renamed", folder):
+        for path in checkpoint_folders(folder):
+            if step_named(path) > step:
+                os.rename(path, path.with_name(f"suspect-{checkpoint_name(step_named(path))}"))
+        files.sync(folder)
+
+
 def checkpoint_at(path: Path) -> Path:
     """Returns the checkpoint at a path; of a run directory or folder of checkpoints, the complete one saved last.
 

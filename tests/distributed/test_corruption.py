@@ -275,6 +275,27 @@ def test_a_run_that_ends_on_its_way_back_continues_from_the_good_checkpoint(
 
 
 @pytest.mark.slow
+def test_where_the_good_checkpoint_is_damaged_too_no_later_one_is_taken(
+    worker_pool: Pools, training_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    made(worker_pool, folder, training_data, *CHECKS, "checkpoint.keep_last=9", "train.steps=8")
+    file = folder / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    wanted = [*CHECKS, "checkpoint.keep_last=9", "train.steps=12", "--resume", "auto"]
+    flips, code = {9: Flip("gradient", 1, 0, BIT)}, ExitCode.CHECKPOINT_FAILED
+    made(worker_pool, folder, training_data, *wanted, flips=flips, code=code)
+    assert "later checkpoints may hold wrong numbers" in events(folder)[-1]["reason"]
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
+    assert left == [*(f"step-0000000{step}" for step in (0, 2, 4, 6)), "suspect-step-00000008"]
+    printed = made(worker_pool, folder, training_data, *wanted)
+    assert "resumed from" in printed and "step-00000004" in printed, printed[:2000]
+    assert [item["step"] for item in metrics(folder)] == list(range(1, 13)), "every step once"
+
+
+@pytest.mark.slow
 def test_in_a_job_the_run_ends_at_the_good_checkpoint_to_continue_without_the_node(
     worker_pool: Pools, training_data: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.loading import adam_begun_for, load_checkpoint, open_on_all_ranks
 from mlra_scale.checkpoint.other_optimizer import notice_of_change
-from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
+from mlra_scale.checkpoint.retention import checkpoint_name, set_aside_after, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config, Problem
 from mlra_scale.data import OpenData
@@ -90,14 +90,23 @@ class Checkpoints:
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
         on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
 
-    def roll_back(self, step: int, heartbeat: Callable[[], None]) -> tuple[Progress, str | None]:
+    def roll_back(
+        self, step: int, heartbeat: Callable[[], None], are_later_suspect: bool = False
+    ) -> tuple[Progress, str | None]:
         """Loads the checkpoint to which the run has turned back.
+
+        If it is damaged the run ends, and a start continues from an earlier one. Later ones which `are_later_suspect`
+        are then set aside, so that no start takes them.
 
         Returns:
             The counters to continue with, and a line about what another optimizer does not take over, if there is one.
         """
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
         if faults := checkpoint_faults(checkpoint, topology):
+            if are_later_suspect:
+                set_aside = partial(set_aside_after, self._folder, step)
+                on_rank_0(set_aside, topology, step, ExitCode.CHECKPOINT_FAILED)
+                faults.append("later checkpoints may hold wrong numbers and are now named suspect-step-...")
             raise TrainingStopped("; ".join(faults), {"step": step}, ExitCode.CHECKPOINT_FAILED)
         heartbeat()
         store = self._load(checkpoint, step)

@@ -281,7 +281,7 @@ class Session:
         assert action.to_step is not None
         heartbeat = partial(self.watchdog.heartbeat, "rolling back", action.to_step)
         heartbeat()
-        self.progress, notice = self.checkpoints.roll_back(action.to_step, heartbeat)
+        self.progress, notice = self.checkpoints.roll_back(action.to_step, heartbeat, bool(action.nodes))
         self.guard.note_rollback(action)
 
         def write() -> None:
