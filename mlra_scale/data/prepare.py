@@ -68,10 +68,11 @@ def prepare(options: PrepareOptions) -> list[Manifest]:
                     reason = _cannot_be_written(error, options.output) if isinstance(error, OSError) else error
                     raise DataError(f"{reason}; {note_of_kept(options.output)}") from error
                 raise
-            # What cannot be read back does not replace anything.
-            return [read_manifest(folder / component.name) for component in options.components]
+            for component in options.components:
+                read_manifest(folder / component.name)  # what cannot be read back does not replace anything
     except OSError as error:
         raise _cannot_be_written(error, options.output) from error
+    return [read_manifest(options.output / component.name) for component in options.components]
 
 
 def _cannot_be_written(error: OSError, output: Path) -> DataError:

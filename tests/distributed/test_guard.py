@@ -249,7 +249,7 @@ def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp
 def test_no_checkpoint_of_undone_steps_is_left(run: Run, tmp_path: Path) -> None:
     """One of step 46, in the trouble, was there when the run went back to 44."""
     folder = tmp_path / "run"
-    fields = ["checkpoint.every=2", "checkpoint.keep_last=2"]
+    fields = ["checkpoint.every=2", "checkpoint.keep_last=2", "checkpoint.asynchronous=false"]
     run("one process", *GUARD, *fields, poison="after the note", code=ExitCode.FAILED, folder=folder)
     assert 46 in [event["step"] for event in events(folder) if event["event"] == "checkpoint"]
     left = [path.name for path in complete_checkpoints(folder / "checkpoints")]

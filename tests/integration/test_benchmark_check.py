@@ -70,9 +70,9 @@ def test_a_step_that_fails_or_has_no_time_does_not_stop_the_next(
     steps = [step("layouts"), replace(step("smoke"), seconds=0.5), step("offload"), step("links"), step("alone")]
     assert not check_in(tmp_path).run(steps, minutes=10)
     states = json.loads((tmp_path / "check.json").read_text())["states"]
+    assert states.pop("smoke").startswith("failed: smoke: not done after 0.5 s")
     assert states == {
         "layouts": "failed: ValueError: the step 'alone', which this one is compared with, has no result; run both",
-        "smoke": "failed: smoke: not done after 0.5 s",
         "offload": "left out: needs a GPU",
         "links": "left out: needs several ranks",
         "alone": "measured",

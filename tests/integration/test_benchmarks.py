@@ -197,7 +197,7 @@ def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     text, report = run_quick("checkpoint", tmp_path / "report.json", "--device", "cpu", "--folder", str(disk))
-    assert report["numbers"]["bytes"] > 0 and len(spreads_of(report)) == 4 and report["environment"]["disk"] in text
+    assert report["numbers"]["bytes"] > 0 and len(spreads_of(report)) == 5 and report["environment"]["disk"] in text
     assert list(disk.iterdir()) == []
 
 
@@ -233,13 +233,10 @@ def test_scaling_runs_and_reports_every_layout(tmp_path: Path) -> None:
 def test_optimizers_run_and_their_messages_are_counted(tmp_path: Path) -> None:
     _, report = run_quick("optimizers", tmp_path / "report.json")
     assert len(spreads_of(report)) == 2 * 4 and all(ratio["min"] > 0.0 for ratio in spreads_of(report))
-    # Alone nothing is sent. With two owners a round takes two matrices: there and back.
+    # Alone nothing is sent, and on two data ranks each owns the matrices of the block that it holds.
     alone, counted = (table["rows"] for table in report["tables"] if "collectives" in table["title"])
-    assert "alltoall_base_" not in {row[1] for row in alone}
-    exchanges = {row[0]: row[2] for row in counted if row[1] == "alltoall_base_"}
-    matrices = {name: 2 * (9 if "mlra" in name else 6) for name in exchanges}  # two blocks
-    assert exchanges == {name: 2 * math.ceil(number / 2) for name, number in matrices.items()}
-    assert set(exchanges) == {"muon, mlra", "spectron, mlra", "muon, dense"}
+    assert "alltoall_base_" not in {row[1] for row in [*alone, *counted]}
+    assert {row[0] for row in counted} >= {"muon, mlra", "spectron, mlra", "muon, dense"}
 
 
 @pytest.mark.slow

@@ -262,6 +262,7 @@ def test_what_cannot_be_read_back_replaces_nothing(
     source, out = write_jsonl(tmp_path / "a.jsonl", texts(300)), tmp_path / "set"
     choice = ["--output", out, "--source", source, "--overwrite", *TRAIN_BPE]
     assert run(*choice) == 0
+    assert f"{out}: 300 documents" in capsys.readouterr().out, "where it is now, and not where it was made"
     before = digests(out)
 
     def refused(folder: Path) -> Manifest:
