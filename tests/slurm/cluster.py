@@ -253,8 +253,8 @@ class SlurmCluster:
         self._end("munged")
 
     def process_environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """This process's environment for a command on the cluster, without a surrounding Slurm's variables."""
-        outer = re.compile(r"(SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SINFO|SCANCEL|SCONTROL|MUNGE)[A-Z]*_")
+        """This process's environment for a command on the cluster, without variables of an outer Slurm and of wandb."""
+        outer = re.compile(r"(WANDB|SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SINFO|SCANCEL|SCONTROL|MUNGE)[A-Z]*_")
         kept = {name: value for name, value in os.environ.items() if not outer.match(name)}
         return kept | {"PATH": SEARCH_PATH} | self.environment | dict(extra or {})
 
