@@ -16,8 +16,6 @@ BLOCK = 2**18
 """Positions whose weights are kept on a device, 8 bytes each; one weight more belongs to each block."""
 _ACROSS = 0xC2B2AE3D27D4EB4F
 MODULUS = 2**64
-FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)
-"""Places of a pass at which ranks take checksums, as a wrong value spreads (parallel/checksums.py)."""
 _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

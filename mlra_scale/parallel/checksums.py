@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mlra_scale.model.bit_checksum import BACKWARD, FORWARD, PROPOSED, REDUCED, bit_checksum
+from mlra_scale.model.bit_checksum import bit_checksum
 from mlra_scale.parallel.master import MasterView
 from mlra_scale.parallel.step import UpdateProposal
 
+FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)
 _MULTIPLIER = 6364136223846793005
 """Joins checksums in order; any odd number would do (this one: Knuth, The Art of Computer Programming, sec. 3.3.4)."""
 

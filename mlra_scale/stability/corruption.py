@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mlra_scale.model.bit_checksum import BACKWARD, FORWARD, PROPOSED, REDUCED
 from mlra_scale.stability.guard import Guard
 from mlra_scale.stability.watcher import Step, Watcher, is_due
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:  # the libraries behind an engine
     from mlra_scale.config import Config
     from mlra_scale.parallel import Engine, MicroBatch, StepResult, UpdateProposal
 
+FORWARD, BACKWARD, REDUCED, PROPOSED = range(4)  # as in parallel/checksums.py
 BOUND = 1e-3
 """By how much norms of two passes may differ, relative to the larger one, where a device does not repeat its bits."""
 
