@@ -150,12 +150,7 @@ def output_folder(
 
 def check_free(final: Path, overwrite: bool) -> None:
     """Raises DataError if the folder cannot be made; a cheap check before any work."""
-    try:
-        is_there = os.path.lexists(final) and bool(final.stat())
-    except OSError as error:
-        where = f"{final}, a link to {os.readlink(final)}," if final.is_symlink() else final
-        raise DataError(f"{where} cannot be used: {error.strerror}; choose another --output") from error
-    if not is_there:
+    if not os.path.exists(final):  # what cannot be looked at, as a name that is too long, cannot be made either
         return
     if not final.is_dir():
         raise DataError(f"{final} exists and is not a folder; choose another --output")

@@ -196,7 +196,7 @@ BAD_INPUTS: dict[str, tuple[list[str], str]] = {
     "tiny vocabulary": (["--source", GOOD, "--train-bpe", "100"], "need 257 tokens"),
     "no tokenizer file": (["--source", GOOD, "--tokenizer", "IN/t.json"], "t.json does not exist"),
     "taken": (["--source", GOOD, "--output", "IN", *TRAIN_BPE], "was not made by this tool"),
-    "link": (["--source", GOOD, "--output", "IN/link", *TRAIN_BPE], "link to nowhere, cannot be used: No such file"),
+    "link": (["--source", GOOD, "--output", "IN/link", *TRAIN_BPE], "link cannot be written: it is a link to a place"),
     "long": (["--source", GOOD, "--output", "IN/" + 300 * "a", *TRAIN_BPE], "cannot be written: File name too long"),
     "end": (["--source", GOOD, "--end-of-document", "<end>", *TRAIN_BPE], "a BPE that is trained here end with <|end"),
 }

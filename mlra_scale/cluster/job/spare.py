@@ -23,7 +23,7 @@ class Spare:
     def __init__(self, make: Callable[[AttemptPlan], AttemptRunner], say: Callable[[str], None]) -> None:
         self._make, self._say = make, say
         self._plan: AttemptPlan | None = None
-        self._start_at = self._patience_until = 0.0
+        self._start_at = 0.0
         self._runner: AttemptRunner | None = None
         self._has_said = False
 
@@ -39,9 +39,6 @@ class Spare:
             if state == "waiting" and not self._has_said:
                 self._say("spare ranks have loaded their libraries and wait")
                 self._has_said = True
-            if state == "loading" and time.monotonic() > self._patience_until and not self._has_said:
-                self._say("the spare ranks have not loaded their libraries yet; a restart may have none")
-                self._has_said = True
             if state == "failed":
                 where = self._plan.logs if self._plan is not None else "the logs"
                 self._say(f"the spare ranks have failed ({self._runner.failure}; see {where}); a restart has none")
@@ -49,7 +46,6 @@ class Spare:
                 self._runner = self._plan = None
         elif self._plan is not None and time.monotonic() > self._start_at:
             self._runner, self._has_said = self._make(self._plan), False
-            self._patience_until = time.monotonic() + 60 * self._plan.cluster.start_minutes
             try:
                 self._runner.prepare(is_spare=True)
             except (OSError, RuntimeError) as error:  # a full disk; no descriptor or thread left
