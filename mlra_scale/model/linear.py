@@ -1,7 +1,7 @@
 """Linear maps under tensor parallelism: dense or low-rank, column- or row-parallel, with every collective in sight.
 
-A factorised projection (MLRA; Chung et al. 2024, arXiv 2409.07787, sec. 3) computes P(x) = (x W_D^T) W_U^T + b with
-W_D [R, in] and W_U [out, R]; nothing stands between the factors, so W_U W_D merges exactly into one dense weight.
+A factorised projection (MLRA; Chung et al. 2024, arXiv 2409.07787) computes P(x) = (x W_D^T) W_U^T + b with W_D [R, in]
+and W_U [out, R]; nothing stands between the factors, so W_U W_D merges exactly into one dense weight. b is GPT-2's.
 
 Under tensor parallelism the factor on the side of the heads is sharded and the other one replicated. A replicated
 factor sees its whole gradient only if its latent's gradient, or its own, is summed over the ranks (tensor_parallel.py).

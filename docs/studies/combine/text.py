@@ -21,6 +21,9 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines += ["", f"Seeds {', '.join(map(str, result['seeds']))}; of the screening 1.", "", "## Hypotheses", ""]
     header = ["", "first - second", "expected", "difference", "95 % interval", "n", "Holm's p", "verdict"]
     lines += table(header, [_hypothesis(item) for item in result["hypotheses"]])
+    lines += ["", "Best losses at the rate that is best by the mean of the other seeds, as first planned:", ""]
+    rows = [[name, number(item["value"], "+.4f"), _ends(item)] for name, item in result["left_out"].items()]
+    lines += table(["", "difference", "95 % interval"], rows)
     figure = f"![{_FIGURE_TEXT}]({OPTIMIZERS_FIGURE})"
     lines += ["", "## Loss over rate of the arms of H7 and H8", "", _CAUTION, "", figure, ""]
     lines += _by_rate({arm: result["arms"][arm] for arm in OPTIMIZER_ARMS}, with_best=False)
@@ -43,11 +46,20 @@ def _about(study: Mapping[str, Any]) -> str:
 
 def _hypothesis(item: Mapping[str, Any]) -> list[str]:
     what = item["quantity"] + (f" {item['depth']}" if item["quantity"] == "loss at depth" else "")
-    ends = "-" if item["low"] is None else f"{item['low']:+.4f} to {item['high']:+.4f}"
     return [
-        *(item["name"], f"{what}: {item['first']} - {item['second']}", item["sign"]),
-        *(number(item["value"], "+.4f"), ends, str(item["n"]), number(item["adjusted_p"], ".2g"), item["verdict"]),
+        item["name"],
+        f"{what}: {item['first']} - {item['second']}",
+        item["sign"],
+        number(item["value"], "+.4f"),
+        _ends(item),
+        str(item["n"]),
+        number(item["adjusted_p"], ".2g"),
+        item["verdict"],
     ]
+
+
+def _ends(item: Mapping[str, Any]) -> str:
+    return "-" if item["low"] is None else f"{item['low']:+.4f} to {item['high']:+.4f}"
 
 
 def _by_rate(arms: Mapping[str, Any], with_best: bool) -> list[str]:

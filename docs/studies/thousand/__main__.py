@@ -83,16 +83,20 @@ def measured(path: Path) -> dict[str, Any]:
 
 
 def growth(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns the largest relative distance of time and memory from a straight line over depth, by variant."""
+    """Returns how time and memory grow over depth, by variant: 1 is linear.
+
+    It is the rise per block between the two deepest models over that between the two shallowest.
+    """
     found: dict[str, dict[str, float]] = {}
     for variant in dict.fromkeys(cell["variant"] for cell in cells):
         own = [cell for cell in cells if cell["variant"] == variant and cell["state"] == "done"]
         for quantity in ("seconds_per_step", "memory_gib"):
-            points = [(cell["depth"], cell[quantity]) for cell in own if cell[quantity] is not None]
+            points = sorted((cell["depth"], cell[quantity]) for cell in own if cell[quantity] is not None)
             if len(points) >= 3:
-                depths, values = np.array(points, np.float64).T
-                line = np.polyval(np.polyfit(depths, values, 1), depths)
-                found.setdefault(variant, {})[quantity] = float(np.abs(values / line - 1.0).max())
+                depths, values = np.diff(np.array(points, np.float64), axis=0).T
+                slopes = values / depths
+                if slopes[0] > 0.0:
+                    found.setdefault(variant, {})[quantity] = float(slopes[-1] / slopes[0])
     return found
 
 
@@ -111,14 +115,14 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         lines += ["", f"**{result['missing']} cells of the study have no result.**"]
     lines += [
         "",
-        "Largest distance from a straight line over depth:",
+        "Rise per block between the two deepest models over that between the two shallowest (1: linear):",
         "",
         "| option | time | memory |",
         "|---|---|---|",
     ]
     for variant, found in result["growth"].items():
-        shares = [f"{100 * found.get(name, math.nan):.1f} %" for name in ("seconds_per_step", "memory_gib")]
-        lines.append(f"| {variant} | {' | '.join(shares)} |")
+        ratios = [_number(found.get(name), ".2f") for name in ("seconds_per_step", "memory_gib")]
+        lines.append(f"| {variant} | {' | '.join(ratios)} |")
     return "\n".join([*lines, ""])
 
 

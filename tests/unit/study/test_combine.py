@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
 from docs.studies.combine.__main__ import main
-from docs.studies.combine.analysis import Sweeps, analyse, best_losses, report
+from docs.studies.combine.analysis import Sweeps, analyse, best_losses, left_out_best_losses, report
 from docs.studies.combine.protocol import ARMS, DEPTHS, HYPOTHESES, MARGIN, RATES, RATES_DEPTH, SEEDS
 from docs.studies.combine.sweeps import SweepError, best_rates, choose
 from docs.studies.combine.text import as_markdown
@@ -135,15 +135,36 @@ def test_a_screening_in_progress_names_no_rates(tmp_path: Path) -> None:
         choose(folder)
 
 
-def test_no_seed_chooses_its_own_rate() -> None:
+def test_the_best_rate_is_that_of_all_seeds_or_of_the_others() -> None:
     """Seed a is lucky at the second rate; the others say that the first one is best."""
     losses = pd.DataFrame({1e-3: [5.9, 5.5, 5.6], 1e-2: [5.0, 5.8, 5.9]}, index=["a", "b", "c"])
+    assert best_losses(losses).to_dict() == {"a": 5.0, "b": 5.8, "c": 5.9}
     # Without b, and without c, the mean of the second rate is the lower one.
-    assert best_losses(losses).to_dict() == {"a": 5.9, "b": 5.8, "c": 5.9}
+    assert left_out_best_losses(losses).to_dict() == {"a": 5.9, "b": 5.8, "c": 5.9}
     # A diverged run is never chosen for the others; where they choose its rate, its seed has no value.
     losses.loc["b", 1e-2] = np.nan
-    found = best_losses(losses)
+    assert best_losses(losses).to_dict() == {"a": 5.9, "b": 5.5, "c": 5.6}
+    found = left_out_best_losses(losses)
     assert (found["a"], found["c"]) == (5.9, 5.6) and np.isnan(found["b"])
+
+
+def test_a_seed_with_a_missing_run_chooses_no_rate(tmp_path: Path) -> None:
+    """A run that failed is not one that diverged: it says nothing about its rate."""
+    folders = sweeps(tmp_path, planted)
+    expected = result_of(folders)["arms"]["dense"]["values"]["best loss, 48 blocks"]
+    lines = [json.loads(text) for text in (folders[1] / "results.jsonl").read_text().splitlines()]
+    best = min(RATES, key=lambda rate: sum(planted("dense", RATES_DEPTH, rate, seed) for seed in SEEDS))
+    for item in lines:
+        if (item["variant"], item["axes"]["optim.lr"], item["seed"]) == ("dense", best, SEEDS[0]):
+            item |= {"state": "failed", "validation_loss": None}
+    write(folders[1], lines)
+    result = result_of(folders)
+    found, hypothesis = result["arms"]["dense"], result["hypotheses"][0]
+    assert found["missing"] == 1 and hypothesis["n"] == 4 and hypothesis["verdict"] == "supported"
+    assert found["values"]["best loss, 48 blocks"]["value"] == pytest.approx(expected["value"], abs=0.05)
+    # Nothing is chosen, and no error raised, where every seed lacks a run.
+    write(folders[1], [item for item in lines if item["variant"] != "dense" or item["axes"]["optim.lr"] != best])
+    assert result_of(folders)["hypotheses"][0]["n"] == 0
 
 
 def planted(arm: str, depth: int, rate: float, seed: int) -> float:
