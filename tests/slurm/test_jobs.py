@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.slurm import keeper
 from tests.slurm.cluster import SlurmCluster, wait_until
 from tests.slurm.jobs import (
     EARLY,
@@ -317,8 +318,9 @@ def test_a_crash_loop_ends(cluster: SlurmCluster, start: Start) -> None:
     job = start("pretrain_zero3.sh", *ENDLESS, "checkpoint.every=1000000", "cluster.max_failures=2")
 
     def kill_until_it_gives_up() -> bool:
-        for node in ("n1", "n2", "n3"):
-            job.signal_rank(node, signal.SIGKILL)
+        if (job.run / "job.json").exists():
+            for node in ("n1", "n2", "n3"):
+                keeper.send(job.rank_pids(node)[:1], signal.SIGKILL)
         return job.has_ended()
 
     wait_until(kill_until_it_gives_up, PATIENCE, job.text)
