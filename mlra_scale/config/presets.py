@@ -12,6 +12,7 @@ from mlra_scale.config.problems import ConfigError, Problem, nearest
 from mlra_scale.config.schema import Config
 
 DEEP_LAYERS = (48, 72, 96, 192)
+_NO_EMBEDDING_DECAY = ({"kind": "embedding", "weight_decay": 0.0}, {"kind": "positions", "weight_decay": 0.0})
 
 
 def _small(
@@ -33,13 +34,17 @@ def _small(
 def _large(
     num_layers: int, hidden_size: int, num_heads: int, attention: str, lr: float, micro_batch_size: int
 ) -> dict[str, Any]:
-    """A GPT-2 of full size with the recipe of all of them: 50,000 steps of 512 x 1024 tokens in bf16."""
+    """A GPT-2 of full size with the recipe of all of them: 50,000 steps of 512 x 1024 tokens in bf16.
+
+    Embedding and positions have no weight decay, as in OLMo 2 (arXiv 2501.00656); docs/studies/combine decided it. The
+    thin presets, from which the studies start, keep it.
+    """
     model = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads, "attention": attention}
     train = {"steps": 50_000, "global_batch_size": 512, "micro_batch_size": micro_batch_size, "sequence_length": 1024}
     return {
         "model": model,
         "train": train | {"precision": "bf16"},
-        "optim": {"lr": lr, "warmup_steps": 2_000},
+        "optim": {"lr": lr, "warmup_steps": 2_000, "rules": [dict(rule) for rule in _NO_EMBEDDING_DECAY]},
         "evaluation": {"every": 1_000, "batches": 8},
         "checkpoint": {"every": 1_000},
     }
