@@ -23,6 +23,7 @@ from mlra_scale.study.report.sweep_record import DEPTH, LEARNING_RATE, MEASURES,
 
 _BY_KEY = {measure.key: measure for measure in MEASURES}
 LOGIT, SINGULAR, TEV = (_BY_KEY[key].name for key in ("largest_logit", "largest_qk_singular_value", "tev_mean"))
+_ENDED = ("done", "diverged")
 LEFT_OUT = "best loss by the other seeds"
 """What README.md first had as the best loss."""
 FIGURES = {
@@ -117,7 +118,7 @@ def values_of(sweeps: Sweeps) -> dict[tuple[str, str, int], pd.Series]:
         cells = _of(sweeps.rates, arm)
         own = sensitive[sensitive.variant == arm].set_index("seed")[SENSITIVITY.name] if len(sensitive) else None
         found["sensitivity", arm, RATES_DEPTH] = _by_seed(own)
-        ended = cells[cells.state.isin(["done", "diverged"])]
+        ended = cells[cells.state.isin(_ENDED)]
         whole = _table(ended[ended.groupby("seed").rate.transform("nunique") == len(RATES)], VALIDATION)
         found["best loss", arm, RATES_DEPTH] = best_losses(whole)
         found[LEFT_OUT, arm, RATES_DEPTH] = left_out_best_losses(whole)
@@ -192,7 +193,7 @@ def _arm(arm: str, sweeps: Sweeps, values: Mapping[tuple[str, str, int], pd.Seri
     return {
         "losses": {f"{rate:g}": _finite(loss) for rate, loss in by_rate.items()},
         "diverged": int((cells.state == "diverged").sum()),
-        "missing": len(SEEDS) * len(RATES) - int(cells.state.isin(["done", "diverged"]).sum()),
+        "missing": len(SEEDS) * len(RATES) - int(cells.state.isin(_ENDED).sum()),
         "values": found,
     }
 

@@ -28,14 +28,7 @@ from mlra_scale.cluster.job.console import Console, in_words
 from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.job.spare import Spare
 from mlra_scale.cluster.job.step import AttemptPlan
-from mlra_scale.cluster.job_file import (
-    JobAttempt,
-    JobFile,
-    now,
-    num_checkpoints,
-    read_job_file,
-    recorded_reason,
-)
+from mlra_scale.cluster.job_file import JobAttempt, JobFile, now, num_checkpoints, read_job_file, recorded_reason
 from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.model.validation import validate
