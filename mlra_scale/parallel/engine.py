@@ -315,10 +315,7 @@ class Engine(ABC):
         }
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Returns the vectors of power iterations, of sigmaReparam and spectron, by name; collective.
-
-        Rank 0 gets those of all stages; only its are stored.
-        """
+        """Returns the vectors of power iterations, of sigmaReparam and spectron: all of them on rank 0; collective."""
         # Not by what this stage has: optim.rules may give factors of another stage alone to spectron.
         if not self.config.model.sigma_reparam and all(rule.optimizer != "spectron" for rule in self.rules.values()):
             return {}

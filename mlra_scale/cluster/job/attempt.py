@@ -14,20 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Literal
 
 from mlra_scale.cluster.channel import Hub
-from mlra_scale.cluster.job.policy import SILENT_SECONDS, End, EndKind, are_meeting, describe, hang_seconds, suspects
+from mlra_scale.cluster.job import policy
+from mlra_scale.cluster.job.policy import End, EndKind
 from mlra_scale.cluster.job.step import AttemptPlan, start_step
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
 from mlra_scale.cluster.slurm import SlurmError, end_process, hostnames
 from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.training.exit_codes import ExitCode
 
-_FINAL: dict[ExitCode, EndKind] = {
-    ExitCode.BAD_INPUT: "bad_input",
-    ExitCode.NON_FINITE: "non_finite",
-    ExitCode.UNSTABLE: "unstable",
-    ExitCode.EXPORT_FAILED: "export_failed",
-}
-"""Exit codes of ranks after which another attempt would end alike."""
 _WORKING = ("training", "evaluating", "saving", "rolling back")
 _EVIDENCE_SECONDS = 5.0
 """After the first rank has failed, how long the others may take to report their own errors, before they are killed."""
@@ -162,7 +156,7 @@ class AttemptRunner:
         if process.poll() is not None or self._verdict is not None or self._kill_at is not None:
             return "failed"
         ranks = [rank for node in self._nodes.values() for rank in node.ranks]
-        waiting = [rank for rank in ranks if rank.heartbeat.phase == "waiting" and rank.silence < SILENT_SECONDS]
+        waiting = [rank for rank in ranks if rank.heartbeat.phase == "waiting" and rank.silence < policy.SILENT_SECONDS]
         return "waiting" if len(waiting) == len(self._nodes) * self._plan.settings.processes else "loading"
 
     def can_begin(self) -> bool:
@@ -299,14 +293,15 @@ class AttemptRunner:
 
     def _look_for_hang(self, hub: Hub, ranks: Sequence[RankStatus]) -> None:
         plan, start_seconds = self._plan, 60 * self._plan.cluster.start_minutes
-        (seconds, is_starting), limit = hang_seconds(ranks), plan.hang_seconds
-        if are_meeting(ranks, len(plan.nodes) * plan.settings.processes):
+        (seconds, is_starting), limit = policy.hang_seconds(ranks), plan.hang_seconds
+        if policy.are_meeting(ranks, len(plan.nodes) * plan.settings.processes):
             limit = min(start_seconds, _MEET_SECONDS)
         elif is_starting:
             seconds, limit = time.monotonic() - self._started, start_seconds
         if seconds <= limit:
             return
-        reason = f"{'no first step' if is_starting else 'no progress'} for {seconds:.0f} s: {describe(suspects(ranks))}"
+        whom = policy.describe(policy.suspects(ranks))
+        reason = f"{'no first step' if is_starting else 'no progress'} for {seconds:.0f} s: {whom}"
         self._verdict = ("hung", reason)
         self._say(f"hang: {reason}")
         self._say(f"stacks are written to {plan.logs}/rank-*.stacks; the ranks are ended")
@@ -389,16 +384,8 @@ class AttemptRunner:
             return End("done", "all steps are done")
         if self._verdict is not None and self._verdict[0] == "bad_node":
             return End(*self._verdict, self._bad_nodes)
-        refused = [failure for failure in failures if failure.code == ExitCode.BAD_INPUT]
-        if refused and all(failure.rank != 0 for failure in refused):
-            # The first node has found nothing wrong: a file or a device is missing on these only.
-            bad = {failure.node: f"{failure}; see its log in {self._plan.logs}" for failure in refused}
-            return End("bad_node", "; ".join(bad.values()), bad)
-        for code, kind in _FINAL.items():
-            if found := [str(failure) for failure in failures if failure.code == code]:
-                return End(kind, found[0])
-        if any(failure.code == ExitCode.PREEMPTED for failure in failures):
-            return End("preempted", "stopped by a signal, with a checkpoint")
+        if (end := policy.end_of_ranks(failures, self._plan.logs)) is not None:
+            return end
         if self._stopping_since is not None:
             return End("preempted", f"stopped by a signal, without a checkpoint of its last step ({cause or 'killed'})")
         lost = {name: "was lost" for name, node in self._nodes.items() if node.is_lost}

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from mlra_scale.cluster.messages import RankStatus
+from mlra_scale.cluster.messages import RankFailure, RankStatus
 from mlra_scale.config import ClusterConfig
+from mlra_scale.training.exit_codes import ExitCode
 
 SILENT_SECONDS = 10.0
 """A process that works, waits or computes sends a heartbeat every second; after so many without one it stands still."""
@@ -103,6 +105,13 @@ Action = Literal["finish", "fail", "requeue", "restart"]
 
 RETRIED: tuple[EndKind, ...] = ("bad_node", "lost_node", "hung", "failed")
 """Ends that count as failures."""
+_FINAL: dict[ExitCode, EndKind] = {
+    ExitCode.BAD_INPUT: "bad_input",
+    ExitCode.NON_FINITE: "non_finite",
+    ExitCode.UNSTABLE: "unstable",
+    ExitCode.EXPORT_FAILED: "export_failed",
+}
+"""Exit codes of ranks after which another attempt would end alike."""
 _WAITS = (0.0, 0.0, 60.0, 300.0)
 """Seconds before a restart, by the number of failures in a row."""
 
@@ -121,6 +130,26 @@ class End:
     reason: str
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+
+
+def end_of_ranks(failures: Sequence[RankFailure], logs: Path) -> End | None:
+    """Returns how an attempt ended by the exit codes of its ranks; None where they do not say it.
+
+    Args:
+        failures: The cause first.
+        logs: The folder that messages name.
+    """
+    refused = [failure for failure in failures if failure.code == ExitCode.BAD_INPUT]
+    if refused and all(failure.rank != 0 for failure in refused):
+        # The first node has found nothing wrong: a file or a device is missing on these only.
+        bad = {failure.node: f"{failure}; see its log in {logs}" for failure in refused}
+        return End("bad_node", "; ".join(bad.values()), bad)
+    for code, kind in _FINAL.items():
+        if found := [str(failure) for failure in failures if failure.code == code]:
+            return End(kind, found[0])
+    if any(failure.code == ExitCode.PREEMPTED for failure in failures):
+        return End("preempted", "stopped by a signal, with a checkpoint")
+    return None
 
 
 @dataclass(frozen=True)
@@ -177,7 +206,7 @@ def decide(
     """
     if end.kind == "done":
         return Decision("finish", end.reason)
-    if end.kind in ("bad_input", "non_finite", "unstable", "export_failed"):
+    if end.kind in _FINAL.values():
         return Decision("fail", end.reason)
     for what, kinds, limit in (
         ("failures", RETRIED, cluster.max_failures),

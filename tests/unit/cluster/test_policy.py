@@ -1,13 +1,25 @@
 """What follows an attempt: every case a line, and what must hold in all of them as properties."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.cluster.job.policy import RETRIED, Decision, End, EndKind, decide, in_a_row, seconds_before_restart
+from mlra_scale.cluster.job.policy import (
+    RETRIED,
+    Decision,
+    End,
+    EndKind,
+    decide,
+    end_of_ranks,
+    in_a_row,
+    seconds_before_restart,
+)
+from mlra_scale.cluster.messages import RankFailure
 from mlra_scale.config import ClusterConfig
+from mlra_scale.training.exit_codes import ExitCode
 
 KINDS: tuple[EndKind, ...] = get_args(EndKind)
 OTHERS = [kind for kind in KINDS if kind not in RETRIED]
@@ -158,3 +170,27 @@ def test_the_rules_that_hold_in_every_case(
 def test_ranks_start_again_at_once_at_first_and_then_later() -> None:
     waits = [seconds_before_restart([FAILURE] * number) for number in range(6)]
     assert waits == [0, 0, 60, 300, 300, 300] and seconds_before_restart([FAILURE, FAILURE, ("failed", True)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind", "bad"),
+    [
+        ({0: -9, 1: 1}, None, ()),
+        ({}, None, ()),
+        ({None: 1}, None, ()),  # torchrun itself
+        ({0: -9, 1: ExitCode.UNSTABLE}, "unstable", ()),
+        ({0: ExitCode.PREEMPTED, 1: ExitCode.NON_FINITE}, "non_finite", ()),
+        ({0: -9, 1: ExitCode.PREEMPTED}, "preempted", ()),
+        ({0: ExitCode.BAD_INPUT, 1: ExitCode.BAD_INPUT}, "bad_input", ()),
+        ({1: ExitCode.BAD_INPUT, 2: -9}, "bad_node", ("n1",)),  # refused where the first node found nothing wrong
+        ({1: ExitCode.BAD_INPUT, 3: ExitCode.BAD_INPUT}, "bad_node", ("n1", "n3")),
+    ],
+)
+def test_exit_codes_of_ranks_say_how_an_attempt_ended(
+    codes: dict[int | None, int], kind: EndKind | None, bad: tuple[str, ...]
+) -> None:
+    failures = [
+        RankFailure(rank=rank, code=code, time=1.0, message="", node=f"n{rank}") for rank, code in codes.items()
+    ]
+    end = end_of_ranks(failures, Path("logs"))
+    assert (None if end is None else end.kind, () if end is None else tuple(end.bad_nodes)) == (kind, bad)
