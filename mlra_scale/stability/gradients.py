@@ -15,7 +15,7 @@ so that w - w_before = -lr (step + decay w) / (1 - lr decay). An orthogonalised 
 from an element's own momentum: these weights are copied before the update, at measuring steps only. The copy takes as
 much as the second moment that they do not have.
 
-Legend of shape suffixes: F runs of elements (fragments, cut into chunks), G groups.
+Legend of shape suffixes: F runs of elements (fragments, cut into chunks), G groups, P pairs of a run and a group of it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,23 @@ def kind_of(info: ParameterInfo) -> str:
     return "attention" if ".attention." in info.name else "mlp"
 
 
+@dataclass(frozen=True)
+class Members:
+    """Which runs belong to which groups, two or three each: pair p says that run_P[p] belongs to group_P[p]."""
+
+    run_P: Tensor
+    group_P: Tensor
+    size: int
+
+    def sum(self, values_P: Tensor) -> Tensor:
+        """Returns the sum over the runs of each group, [G, ...], of values per pair, [P, ...]."""
+        return values_P.new_zeros(self.size, *values_P.shape[1:]).index_add_(0, self.group_P, values_P)
+
+    def sum_of_runs(self, values_F: Tensor) -> Tensor:
+        """Returns the sum over the runs of each group, [G, ...], of values per run, [F, ...]."""
+        return self.sum(values_F[self.run_P])
+
+
 class Groups:
     """The sets of parameters with statistics of their own: all, each kind (`kinds` names these), and each block."""
 
@@ -64,13 +81,12 @@ class Groups:
         for name, block in blocks.items():
             self._members[name].append(len(self.kinds) + block)
 
-    def membership(self, names: Sequence[str], device: torch.device) -> Tensor:
-        """Returns [G, F] float64: 1 where run f, of the parameter names[f], belongs to group g."""
-        pairs = [(group, run) for run, name in enumerate(names) for group in self._members[name]]
-        membership_GF = torch.zeros(self.size, len(names), dtype=torch.float64)
-        if pairs:
-            membership_GF[tuple(torch.tensor(pairs).T)] = 1.0
-        return membership_GF.to(device)
+    def members(self, names: Sequence[str], device: torch.device) -> Members:
+        """Returns which run, of the parameter names[f], belongs to which groups."""
+        runs = [run for run, name in enumerate(names) for _ in self._members[name]]
+        groups = [group for name in names for group in self._members[name]]
+        run_P, group_P = torch.tensor([runs, groups], dtype=torch.int64).to(device)
+        return Members(run_P, group_P, self.size)
 
     def report(self, counts: Sequence[float], values: dict[str, list[float | None]]) -> dict[str, Any]:
         """Returns the numbers of elements and the values of all groups in the form of the record."""
@@ -81,23 +97,23 @@ class Groups:
         return {"kinds": kinds, "layers": {name: numbers[len(self.kinds) :] for name, numbers in values.items()}}
 
 
-def merged_moments(membership_GF: Tensor, moments_F3: Tensor, extra_G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merged_moments(members: Members, moments_F3: Tensor, extra_G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merges runs of elements of all ranks by group; collective, two all-reduces.
 
     Args:
-        membership_GF: Which run of this rank belongs to which group.
+        members: Which run of this rank belongs to which groups.
         moments_F3: Count, mean and M2 (sum of squared deviations from the mean) of each run, float64.
         extra_G: Further numbers to be summed over the ranks.
 
     Returns:
         Count, mean and M2 of each group, and the sums of `extra_G`; [G] each, the same on every rank.
     """
-    count_F, mean_F, m2_F = moments_F3.unbind(dim=1)
-    sums_G2 = membership_GF @ torch.stack([count_F, count_F * mean_F], dim=1)
+    count_P, mean_P, m2_P = moments_F3[members.run_P].unbind(dim=1)
+    sums_G2 = members.sum(torch.stack([count_P, count_P * mean_P], dim=1))
     count_G, sum_G, extra_G = _sum_over_ranks(torch.cat([sums_G2, extra_G[:, None]], dim=1)).unbind(dim=1)
     mean_G = sum_G / count_G
-    deviations_GF = membership_GF * (mean_F - mean_G[:, None]).square()
-    m2_G = _sum_over_ranks(membership_GF @ m2_F + deviations_GF @ count_F)
+    deviations_P = (mean_P - mean_G[members.group_P]).square()
+    m2_G = _sum_over_ranks(members.sum(m2_P + count_P * deviations_P))
     return count_G, mean_G, m2_G, extra_G
 
 
@@ -205,11 +221,11 @@ class GradientStatistics(Watcher):
         def square(name: str, values: Tensor) -> Tensor:
             return torch.linalg.vector_norm(values, dtype=torch.float64).square()[None]
 
-        membership_GF, moments_F3 = self._measure(self.engine.owned_gradients(), ["values"], moments, 3)
+        members, moments_F3 = self._measure(self.engine.owned_gradients(), ["values"], moments, 3)
         weights = self.engine.owned_fragments()
-        weight_membership_GF, weight_squares_F1 = self._measure(weights, ["values"], square, 1)
-        weight_square_G = weight_membership_GF @ weight_squares_F1[:, 0]
-        merged = merged_moments(membership_GF, moments_F3, weight_square_G)
+        weight_members, weight_squares_F1 = self._measure(weights, ["values"], square, 1)
+        weight_square_G = weight_members.sum_of_runs(weight_squares_F1[:, 0])
+        merged = merged_moments(members, moments_F3, weight_square_G)
         self._gradients = _Gradients(*merged, self._spectral_norms(weights))
         for fragment in weights:
             if not self.engine.rules[fragment.name].is_adamw:
@@ -260,11 +276,11 @@ class GradientStatistics(Watcher):
 
         fragments = self.engine.owned_fragments(with_moments=True)
         of_adam = [fragment for fragment in fragments if rules[fragment.name].is_adamw]
-        membership_GF, squares_F1 = self._measure(of_adam, ["values", "exp_avg", "exp_avg_sq"], square, 1)
-        square_G = membership_GF @ squares_F1[:, 0]
+        members, squares_F1 = self._measure(of_adam, ["values", "exp_avg", "exp_avg_sq"], square, 1)
+        square_G = members.sum_of_runs(squares_F1[:, 0])
         if self._before:
-            membership_GF, squares_F1 = self._measure(self._changes(fragments), ["values"], square_of_change, 1)
-            square_G += membership_GF @ squares_F1[:, 0]
+            members, squares_F1 = self._measure(self._changes(fragments), ["values"], square_of_change, 1)
+            square_G += members.sum_of_runs(squares_F1[:, 0])
         return _sum_over_ranks(square_G)
 
     def _changes(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
@@ -294,13 +310,13 @@ class GradientStatistics(Watcher):
 
     def _measure(
         self, fragments: Iterable[Fragment], parts: Sequence[str], measure: Callable[..., Tensor], num_columns: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Members, Tensor]:
         """Measures this rank's fragments chunk by chunk, so that float64 copies are small, without padded rows.
 
         `measure` maps a parameter's name and the named parts of a chunk to a float64 vector of length num_columns.
 
         Returns:
-            Which chunk belongs to which group [G, F], and the vectors [F, num_columns].
+            Which chunk belongs to which groups, and the vectors [F, num_columns].
         """
         device = self.engine.topology.device
         names, rows = [], [torch.zeros(0, num_columns, dtype=torch.float64, device=device)]
@@ -313,7 +329,7 @@ class GradientStatistics(Watcher):
                 row = measure(fragment.name, *(tensor[start : start + chunk] for tensor in tensors))
                 rows.append(row[None].to(device))
             del fragment, tensors  # before the next fragment is converted
-        return self.groups.membership(names, device), torch.cat(rows)
+        return self.groups.members(names, device), torch.cat(rows)
 
     def _num_real(self, name: str) -> int:
         """Returns the number of elements of this tensor rank's shard before padded rows, which come last."""

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,21 @@ def measured(path: Path) -> dict[str, Any]:
     tokens = next((found["consumed_tokens"] / found["step"] for found in records if found.get("consumed_tokens")), 0.0)
     seconds = [tokens / rate for consumed, rate in rates if consumed and rate]
     layers = [found for record in records if (found := value_at(record, "gradients.layers.gradient_norm"))]
+    first = next((index for index, record in enumerate(records) if "gradients" in record), len(records))
     return {
         "steps": len(losses),
         "is_finite": bool(losses) and all(map(is_number, [*losses, *norms])),
         "last_loss": losses[-1] if losses and is_number(losses[-1]) else None,
         "seconds_per_step": statistics.median(seconds[1:] or seconds) if seconds else None,
-        "memory_gib": max(
-            (record["memory_gib"] for record in records if is_number(record.get("memory_gib"))), default=None
-        ),
+        # The peak so far: what is measured counts from its first time on.
+        "memory_gib": _largest(record.get("memory_gib") for record in records[:first]),
+        "memory_with_statistics_gib": _largest(record.get("memory_gib") for record in records),
         "gradient_norms": layers[-1] if layers else None,
     }
+
+
+def _largest(values: Iterable[Any]) -> float | None:
+    return max(filter(is_number, values), default=None)
 
 
 def growth(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -90,7 +95,7 @@ def growth(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for variant in dict.fromkeys(cell["variant"] for cell in cells):
         own = [cell for cell in cells if cell["variant"] == variant and cell["state"] == "done"]
-        for quantity in ("seconds_per_step", "memory_gib"):
+        for quantity in _GROWING:
             points = sorted((cell["depth"], cell[quantity]) for cell in own if cell[quantity] is not None)
             if len(points) >= 3:
                 depths, values = np.diff(np.array(points, np.float64), axis=0).T
@@ -102,12 +107,12 @@ def growth(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """Returns a table of all cells."""
-    lines = ["| option | blocks | steps | finite | last loss | s per step | GiB, rank 0 | gradient norm of blocks |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [f"| option | blocks | steps | finite | {' | '.join(_COLUMNS)} | gradient norm of blocks |"]
+    lines.append("|---" * lines[0].count(" | ") + "|---|")
     for cell in result["cells"]:
         norms = [norm for norm in cell["gradient_norms"] or [] if norm is not None]
         spread = f"{min(norms):.2g} to {max(norms):.2g}" if norms else "-"
-        numbers = [_number(cell[name], form) for name, form in _COLUMNS.items()]
+        numbers = [_number(cell[name], ".3f") for name in _COLUMNS.values()]
         finite = "yes" if cell["is_finite"] else "**no**"
         row = [cell["variant"], f"{cell['depth']:,}", str(cell["steps"]), finite, *numbers, spread]
         lines.append("| " + " | ".join(row) + " |")
@@ -117,18 +122,28 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "",
         "Rise per block between the two deepest models over that between the two shallowest (1: linear):",
         "",
-        "| option | time | memory |",
-        "|---|---|---|",
+        f"| option | {' | '.join(_GROWING.values())} |",
+        "|---" * (1 + len(_GROWING)) + "|",
     ]
     for variant, found in result["growth"].items():
-        ratios = [_number(found.get(name), ".2f") for name in ("seconds_per_step", "memory_gib")]
+        ratios = [_number(found.get(name), ".2f") for name in _GROWING]
         lines.append(f"| {variant} | {' | '.join(ratios)} |")
     return "\n".join([*lines, ""])
 
 
 _CURVES = 7
 """Of a plot: looks repeat after eight."""
-_COLUMNS = {"last_loss": ".3f", "seconds_per_step": ".3f", "memory_gib": ".3f"}
+_COLUMNS = {
+    "last loss": "last_loss",
+    "s per step": "seconds_per_step",
+    "GiB, rank 0": "memory_gib",
+    "with statistics": "memory_with_statistics_gib",
+}
+_GROWING = {
+    "seconds_per_step": "time",
+    "memory_gib": "memory",
+    "memory_with_statistics_gib": "memory with statistics",
+}
 
 
 def _number(value: float | None, form: str) -> str:

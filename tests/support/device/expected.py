@@ -140,9 +140,9 @@ LAUNCHES: dict[str, float] = {
 PROCESS_GROUPS = {(2, 4, 4): 239, (1, 1, 8): 95, (2, 1, 4): 74, (1, 1, 1): 23}
 """Process groups that a rank has a part in creating, by tensor-parallel, pipeline and data-parallel ranks."""
 
-_MEMBERSHIP = Wait(
+_MEMBERS = Wait(
     "copy cpu to cuda",
-    "mlra_scale/stability/gradients.py:Groups.membership",
+    "mlra_scale/stability/gradients.py:Groups.members",
     2,
     "which run is of which group, once for each of gradients, weights and updates",
 )
@@ -166,7 +166,7 @@ _GENERATION = "transformers/generation/utils.py:GenerationMixin"
 MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "noise scale": WAITS,
     "gradient statistics": (
-        _MEMBERSHIP,
+        _MEMBERS,
         Wait(
             "copy cuda to cpu",
             "mlra_scale/stability/spectral.py:AttentionProducts._largest_singular_values",
@@ -181,7 +181,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
         ),
     ),
     "update statistics": (
-        replace(_MEMBERSHIP, number=1),
+        replace(_MEMBERS, number=1),
         _STEP,
         Wait("tolist", "mlra_scale/stability/gradients.py:GradientStatistics._report", 1, "all results, packed"),
     ),

@@ -227,14 +227,22 @@ def test_no_digits_are_lost_to_a_large_mean() -> None:
     np.testing.assert_allclose(kinds["positions"]["gradient_variance"], (count - 1) / count**2, rtol=1e-9)
 
 
+@pytest.mark.parametrize("num_layers", [4, 32])
+def test_what_is_kept_of_groups_grows_with_the_runs_and_not_with_runs_times_blocks(num_layers: int) -> None:
+    table = ParameterTable(CONFIG.model.model_copy(update={"num_layers": num_layers}))
+    members = Groups(table).members([*table, *table], torch.device("cpu"))
+    assert members.run_P.numel() == members.group_P.numel() <= 3 * 2 * len(table)
+    assert Groups(table).members([], torch.device("cpu")).sum_of_runs(torch.zeros(0, 2)).count_nonzero() == 0
+
+
 def test_every_parameter_is_of_one_kind_and_counts_in_its_block() -> None:
     groups = Groups(TABLE)
     names = list(TABLE)
-    membership = groups.membership(names, torch.device("cpu"))
+    membership = groups.members(names, torch.device("cpu")).sum_of_runs(torch.eye(len(names)))
     assert groups.kinds == KINDS and membership.shape == (len(KINDS) + 2, len(names))
     assert (membership[0] == 1).all() and (membership[1:6].sum(dim=0) == 1).all()
     in_blocks = torch.tensor([float(name.startswith("blocks.")) for name in names])
-    assert torch.equal(membership[6:].sum(dim=0), in_blocks.double())
+    assert torch.equal(membership[6:].sum(dim=0), in_blocks)
     assert kind_of(TABLE["blocks.0.attention_norm.weight"]) == kind_of(TABLE["final_norm.bias"]) == "norm"
     assert (
         kind_of(TABLE["blocks.1.attention.q.up.bias"]) == kind_of(TABLE["blocks.0.attention.o.weight"]) == "attention"

@@ -32,6 +32,8 @@ def write(folder: Path, seconds: Any, losses: Any = lambda step: 8.0 - 0.01 * st
             if step % 25 == 0:  # measuring takes time
                 norms = [0.1 * (1 + block) for block in range(depth)]
                 record |= {"tokens_per_second": 1.0, "gradients": {"layers": {"gradient_norm": norms}}}
+            if step >= 25:
+                record["memory_gib"] += 1e-6 * depth**2
             records.append(json.dumps(record) + "\n")
         (run / "metrics.jsonl").write_text("".join(records))
         cell = {"cell": run.name, "variant": "mlra", "axes": {"model.num_layers": depth}, "seed": 1, "state": "done"}
@@ -45,11 +47,13 @@ def test_linear_growth_and_norms_are_reported(tmp_path: Path, capsys: pytest.Cap
     assert main([str(folder), "--output", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "thousand.json").read_text())
     assert [cell["seconds_per_step"] for cell in result["cells"]] == pytest.approx([0.75, 1.25, 2.25])
-    assert result["growth"]["mlra"] == pytest.approx({"seconds_per_step": 1.0, "memory_gib": 1.0})
+    assert result["growth"]["mlra"] == pytest.approx(
+        {"seconds_per_step": 1.0, "memory_gib": 1.0, "memory_with_statistics_gib": 2.5 / 1.75}
+    )
     assert len(result["cells"][-1]["gradient_norms"]) == 1000
     text = capsys.readouterr().out
-    assert "| mlra | 1,000 | 50 | yes | 7.500 | 2.250 | 1.000 | 0.1 to 1e+02 |" in text
-    assert "| mlra | 1.00 | 1.00 |" in text
+    assert "| mlra | 1,000 | 50 | yes | 7.500 | 2.250 | 1.000 | 2.000 | 0.1 to 1e+02 |" in text
+    assert "| mlra | 1.00 | 1.00 | 1.43 |" in text
     assert (tmp_path / "out" / "gradient-norms.png").read_bytes()[1:4] == b"PNG"
 
 
