@@ -54,7 +54,7 @@ def kind_of(info: ParameterInfo) -> str:
 
 @dataclass(frozen=True)
 class Members:
-    """Which runs belong to which groups, two or three each: pair p says that run_P[p] belongs to group_P[p]."""
+    """Which run belongs to which groups (all, its kind, its block if it has one): run_P[p] belongs to group_P[p]."""
 
     run_P: Tensor
     group_P: Tensor

@@ -76,7 +76,7 @@ def measured(path: Path) -> dict[str, Any]:
         "is_finite": bool(losses) and all(map(is_number, [*losses, *norms])),
         "last_loss": losses[-1] if losses and is_number(losses[-1]) else None,
         "seconds_per_step": statistics.median(seconds[1:] or seconds) if seconds else None,
-        # The peak so far: what is measured counts from its first time on.
+        # Each record has the peak since the start of the process: before the first measurement it is that of training.
         "memory_gib": _largest(record.get("memory_gib") for record in records[:first]),
         "memory_with_statistics_gib": _largest(record.get("memory_gib") for record in records),
         "gradient_norms": layers[-1] if layers else None,
