@@ -1,7 +1,10 @@
 """The job of an hour of failures (schedule.py), and what is done to it: the kinds of faults."""
 
+import functools
 import importlib.util
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,12 +35,22 @@ OUTAGE = 30.0
 """Seconds for which the controller is stopped."""
 
 
+@functools.cache
 def faketime() -> Path | None:
-    """libfaketime, as Debian's or pip's package of this name installs it."""
+    """libfaketime, as Debian's or pip's package of this name installs it, where Python can sleep under it.
+
+    Debian 12's 0.9.10 lets `time.sleep` of Python 3.11 fail: it moves the end of a wait on the monotonic clock.
+    """
     places = [*Path("/usr/lib").glob("*/faketime/libfaketime.so.1")]
     if (found := importlib.util.find_spec("libfaketime")) is not None and found.origin is not None:
         places += Path(found.origin).parent.rglob("libfaketime.so.1")
-    return next(iter(places), None)
+    return next((place for place in places if _can_sleep(place)), None)
+
+
+def _can_sleep(library: Path) -> bool:
+    moved = os.environ | {"LD_PRELOAD": str(library), "FAKETIME": "+400d", "DONT_FAKE_MONOTONIC": "1"}
+    command = [sys.executable, "-c", "import time; time.sleep(0.01)"]
+    return subprocess.run(command, env=moved, capture_output=True, timeout=60).returncode == 0
 
 
 def interpreter(switches: Path) -> Path:

@@ -53,7 +53,7 @@ def left_out(kinds: Sequence[str]) -> dict[str, str]:
     missing = {
         "disk": no_disk,
         "fuse": no_disk or fuse_missing(),
-        "faketime": None if faketime() else "libfaketime (apt install libfaketime)",
+        "faketime": None if faketime() else "libfaketime under which Python can sleep (pip install libfaketime)",
     }
     return {kind: f"needs {reason}" for kind in kinds if (reason := missing.get(KINDS[kind].needs)) is not None}
 
