@@ -39,7 +39,7 @@ OUTAGE = 30.0
 def faketime() -> Path | None:
     """libfaketime, as Debian's or pip's package of this name installs it, where Python can sleep under it.
 
-    Debian 12's 0.9.10 lets `time.sleep` of Python 3.11 fail: it moves the end of a wait on the monotonic clock.
+    Under Debian 12's, 0.9.10, `time.sleep` of Python 3.11 fails with EINVAL.
     """
     places = [*Path("/usr/lib").glob("*/faketime/libfaketime.so.1")]
     if (found := importlib.util.find_spec("libfaketime")) is not None and found.origin is not None:
