@@ -56,7 +56,7 @@ def measure(rank: int, world_size: int, config: Config) -> Held:
         buckets, state = read()
         held.buckets = max(held.buckets, buckets)
         # A thread of gloo releases its tensor a moment after the collective is done; what is kept is there later too.
-        for _ in range(LOOKS_AGAIN):
+        for _again in range(LOOKS_AGAIN):
             if is_backward or state <= held.state:
                 return True
             time.sleep(0.02)
