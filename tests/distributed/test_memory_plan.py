@@ -17,7 +17,7 @@ from tests.support.layouts import Layout, layout_config, micro_batches, start
 from tests.support.pool import Pools
 
 BUCKET = 50_021  # elements: a size that no other tensor has
-LOOKS_AGAIN = 5
+LOOKS_AGAIN = 5  # times, 20 ms apart
 
 
 @dataclass
@@ -54,14 +54,15 @@ def measure(rank: int, world_size: int, config: Config) -> Held:
 
     def look(*_: Any, is_backward: bool = False) -> bool:
         buckets, state = read()
-        held.buckets = max(held.buckets, buckets)
         # A thread of gloo releases its tensor a moment after the collective is done; what is kept is there later too.
         for _again in range(LOOKS_AGAIN):
-            if is_backward or state <= held.state:
-                return True
+            if buckets <= held.buckets and (is_backward or state <= held.state):
+                break
             time.sleep(0.02)
-            state = min(state, read()[1])
-        held.state = max(held.state, state)
+            buckets, state = map(min, (buckets, state), read())
+        held.buckets = max(held.buckets, buckets)
+        if not is_backward:
+            held.state = max(held.state, state)
         return True
 
     def look_inside(*_: Any) -> None:
