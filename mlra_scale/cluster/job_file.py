@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,25 +166,32 @@ def read_job_file(run: RunDirectory) -> JobFile:
         raise ConfigError([Problem("--run-dir", str(run.path), str(error))]) from error
 
 
-def _events_since(run: RunDirectory, time: str) -> list[dict[str, Any]]:
-    """Returns the events that a run has recorded since a time; none where they cannot be read."""
+def events_of(run: RunDirectory) -> list[dict[str, Any]]:
+    """Returns the events that a run has recorded, in their order; none where they cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         return [
             event
             for event in read_record(run.events)
-            if isinstance(event.get("event"), str) and isinstance(event.get("time"), str) and event["time"] >= time
+            if isinstance(event.get("event"), str) and isinstance(event.get("time"), str)
         ]
     return []
 
 
-def num_checkpoints(run: RunDirectory, since: str = "") -> int:
-    """Returns how many checkpoints a run has recorded since a time; that of step 0 does not count."""
-    steps = [event.get("step") for event in _events_since(run, since) if event["event"] == "checkpoint"]
+def num_checkpoints(events: Iterable[Mapping[str, Any]], since: str = "") -> int:
+    """Returns how many of some events are checkpoints since a time; that of step 0 does not count."""
+    steps = [event.get("step") for event in events if event["event"] == "checkpoint" and event["time"] >= since]
     return sum(isinstance(step, int) and step > 0 for step in steps)
 
 
-def recorded_reason(run: RunDirectory, kind: str, attempt: JobAttempt) -> str | None:
-    """Returns what the run recorded of its end in an attempt, or wrote to the log of rank 0 before it could record."""
+def reason_of(run: RunDirectory, kind: str, attempt: JobAttempt, events: Iterable[Mapping[str, Any]]) -> str | None:
+    """Returns what the run recorded of its end in an attempt, or wrote to the log of rank 0 before it could record.
+
+    Args:
+        run: The run.
+        kind: How the attempt has ended.
+        attempt: The attempt.
+        events: Those that were recorded in the attempt. Their times do not tell: clocks may differ or be moved.
+    """
     if kind == "bad_input":
         with contextlib.suppress(OSError):
             log = run.attempt_logs(attempt.number) / "rank-00000.log"
@@ -191,5 +199,5 @@ def recorded_reason(run: RunDirectory, kind: str, attempt: JobAttempt) -> str | 
                 return message[:2000]
     if kind not in ("bad_input", "non_finite", "unstable", "failed"):
         return None
-    stops = [event for event in _events_since(run, attempt.started) if event["event"] == "stopped"]
+    stops = [event for event in events if event["event"] == "stopped"]
     return stops[-1].get("reason") if stops else None

@@ -28,7 +28,7 @@ from mlra_scale.cluster.job.console import Console, in_words
 from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.job.spare import Spare
 from mlra_scale.cluster.job.step import AttemptPlan
-from mlra_scale.cluster.job_file import JobAttempt, JobFile, now, num_checkpoints, read_job_file, recorded_reason
+from mlra_scale.cluster.job_file import JobAttempt, JobFile, events_of, now, num_checkpoints, read_job_file, reason_of
 from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.model.validation import validate
@@ -154,7 +154,7 @@ class Job:
         allocation = self._allocation
         for attempt in file.attempts:
             if attempt.ended is None:
-                attempt.has_progressed = num_checkpoints(self._run, attempt.started) > 0
+                attempt.has_progressed = num_checkpoints(events_of(self._run), attempt.started) > 0
                 attempt.end, attempt.reason, attempt.ended = "failed", "killed together with its job", now()
         if file.job_id != allocation.job_id or file.state == "failed":
             # Submitted anew, or queued again by hand: a user has looked into the earlier failures.
@@ -283,7 +283,7 @@ class Job:
         attempt = JobAttempt(number, self._allocation.job_id, list(nodes), len(nodes) * self._settings.processes)
         self._file.attempts.append(attempt)
         self._file.become("pending")
-        checkpoints_before, self._started = num_checkpoints(self._run), time.monotonic()
+        num_before, self._started = len(events_of(self._run)), time.monotonic()
         self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
         try:
             self._plan = self._plan_of(nodes, number)
@@ -296,9 +296,10 @@ class Job:
             # with a rank that fails, a later attempt may succeed.
             kind: EndKind = "preempted" if self._is_stop_asked() else "failed"
             end = End(kind, f"the job's own process failed: {in_words(error)}")
-        end = replace(end, reason=recorded_reason(self._run, end.kind, attempt) or end.reason)
+        events = events_of(self._run)[num_before:]
+        end = replace(end, reason=reason_of(self._run, end.kind, attempt, events) or end.reason)
         attempt.end, attempt.reason, attempt.ended, attempt.failures = end.kind, end.reason, now(), [*end.failures]
-        attempt.has_progressed = num_checkpoints(self._run) > checkpoints_before
+        attempt.has_progressed = num_checkpoints(events) > 0
         self._file.excluded |= end.bad_nodes if end.kind == "bad_node" else {}
         self._file.write()
         self._say(f"attempt {number} ended: {end.kind}: {end.reason}")

@@ -469,6 +469,9 @@ def small_disk(desk: Desk) -> Iterator[Path]:
 
 
 FILL = """
+from mlra_scale.cluster.job_file import now
+stopped = '{"time": "%s", "event": "stopped", "step": 1, "reason": "the save failed"}' % now().replace("+", ".999+")
+(me.logs.parent.parent / "events.jsonl").write_text(stopped + chr(10))
 with open(me.logs.parent.parent / "filler", "wb", buffering=0) as file:
     try:
         while True:
@@ -487,6 +490,7 @@ def test_a_full_disk_at_a_restart_is_a_failure_that_counts(
     file = desk.file
     assert file.state == "failed" and file.reason.startswith("2 failures in a row")
     assert desk.ends == [("failed", ["a", "b"]), ("failed", ["a", "b"])] and desk.orders == []
+    assert file.attempts[0].reason == "the save failed"  # recorded in the second in which the next attempt begins
     reason = file.attempts[1].reason or ""
     assert reason.startswith(f"the job's own process failed: {small_disk}/logs/attempt-002"), reason
     assert reason.endswith("No space left on device; make room there") and file.attempts[1].ended is not None
